@@ -1,0 +1,47 @@
+# Everything a person does with a checkout. `make` alone lists it; demo and test set up what they need on a fresh machine.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON  ?= python3.11
+VENV    := .venv
+BIN     := $(VENV)/bin
+TESTBED ?= deploy/testbeds/demo.yaml
+PINS    := deploy/requirements
+READY   := $(VENV)/.ready
+
+.PHONY: help demo up down test check bench lock
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml $(PINS)/dev.txt $(PINS)/torch.txt
+	@command -v $(PYTHON) > /dev/null || { echo "Espalier needs Python 3.11: install it, or say PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r $(PINS)/dev.txt -r $(PINS)/torch.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(READY) ## the whole system on this machine, 60 s of load, the on-time table, out/demo/report.json
+	PATH="$(CURDIR)/$(BIN):$$PATH" deploy/demo.sh
+
+up: $(READY) ## export the models and start TESTBED (default: the demo's) in the background
+	$(BIN)/espalier export $(TESTBED)
+	$(BIN)/espalier up $(TESTBED)
+
+down: $(READY) ## drain and stop what `make up` started
+	$(BIN)/espalier down $(TESTBED)
+
+test: $(READY) ## every test
+	$(BIN)/pytest
+
+check: $(READY) ## style, types and import rules
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY) ## overhead, throughput and overload as ratios, out/bench/report.json (about 5 minutes)
+	$(BIN)/python -m tests.bench
+
+lock: $(READY) ## pin every requirement file again, with hashes and without addresses
+	deploy/requirements/lock.sh

@@ -1,0 +1,94 @@
+"""The itinerary: the rest of a chain, carried in the parameters of an ordinary inference request.
+
+The first hop is the stage that reads it. A stage takes its inputs out of the request by reference, computes, keeps what is
+still needed, and sends the rest of the itinerary on with it; so a tensor crosses each link once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from services.dataplane.errors import BadRequest
+
+PARAMETER = "itinerary"
+HOPS = "hops"
+"""Parameter of an answer (and field of an error) that lists what each hop measured, first hop first."""
+MAX_HOPS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A replica that may serve a hop."""
+
+    replica: str
+    url: str
+    """Base address with the path of the stage's model, as far as `/infer`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One step of a chain."""
+
+    step: str
+    service: str
+    candidates: tuple[Candidate, ...]
+    """In order of preference; empty for the hop that has already been reached."""
+    take: Mapping[str, str]
+    """Input tensor of the stage -> reference among the tensors sent."""
+    keep: tuple[str, ...]
+    """References to pass on once this hop is done: what later hops or the gateway still need."""
+    reserve_s: float
+    """Time [s] the rest of the way needs after this hop; the hop's own deadline lies that much earlier."""
+
+
+def to_parameter(hops: tuple[Hop, ...]) -> list[dict[str, Any]]:
+    """The itinerary as JSON. The first hop travels without candidates: the request is already on its way to one."""
+    return [
+        {
+            "step": hop.step,
+            "service": hop.service,
+            "candidates": [] if i == 0 else [[candidate.replica, candidate.url] for candidate in hop.candidates],
+            "take": dict(hop.take),
+            "keep": list(hop.keep),
+            "reserve_s": round(hop.reserve_s, 6),
+        }
+        for i, hop in enumerate(hops)
+    ]
+
+
+def from_parameter(value: Any) -> tuple[Hop, ...]:
+    """Parse an itinerary.
+
+    Raises:
+        BadRequest: it is not what `to_parameter` makes.
+    """
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_HOPS:
+        raise BadRequest(f"parameters.{PARAMETER} must be a list of 1 to {MAX_HOPS} hops")
+    try:
+        return tuple(_hop(entry) for entry in value)
+    except (KeyError, TypeError, ValueError):
+        raise BadRequest(f"parameters.{PARAMETER} is malformed; only a gateway makes one, leave it out") from None
+
+
+def _hop(entry: Any) -> Hop:
+    take, keep, candidates, reserve_s = entry["take"], entry["keep"], entry["candidates"], entry["reserve_s"]
+    if not (isinstance(take, dict) and isinstance(keep, list) and isinstance(candidates, list)):
+        raise TypeError
+    pairs = [(replica, url) for replica, url in candidates]
+    texts = (entry["step"], entry["service"], *take.values(), *keep, *(text for pair in pairs for text in pair))
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError
+    # A negative reserve would put the hop's instant behind the deadline.
+    if isinstance(reserve_s, bool) or not isinstance(reserve_s, int | float) or not 0 <= reserve_s < math.inf:
+        raise TypeError
+    return Hop(
+        step=entry["step"],
+        service=entry["service"],
+        candidates=tuple(Candidate(replica, url) for replica, url in pairs),
+        take=take,
+        keep=tuple(keep),
+        reserve_s=float(reserve_s),
+    )

@@ -1,0 +1,95 @@
+"""The routes document: all that a gateway knows of the testbed, published by the orchestrator and kept on disk.
+
+One versioned JSON document, `GET /v1/routes`. A gateway that holds it can serve without the orchestrator.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from models.manifest import Name, TensorSpec, Tier
+from services.dataplane.document import Document
+from services.dataplane.pipeline import Pipeline
+
+ReplicaState = Literal["starting", "standby", "ready", "draining"]
+
+
+class Replica(Document):
+    """One running copy of a service. Only `ready` ones are routed to; `standby` ones are loaded, warm and idle."""
+
+    id: str
+    node: str
+    url: str
+    """Base address, http://HOST:PORT, without a slash at the end."""
+    state: ReplicaState
+
+
+class Link(Document):
+    """What it costs to send bytes from one node to another."""
+
+    latency_s: float = Field(ge=0)
+    bandwidth_bytes_per_s: float = Field(gt=0)
+
+    def transfer_s(self, size_bytes: float) -> float:
+        """Time [s] from the first byte sent to the last one received on an idle link."""
+        return self.latency_s + size_bytes / self.bandwidth_bytes_per_s
+
+
+class Service(Document):
+    """A stage as deployed, with its replicas."""
+
+    name: Name
+    model: Name
+    stage: Name
+    tier: Tier
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    service_s: float | None = None
+    """Expected service time of one item [s] from the profile; None until the gateway has seen it."""
+    replicas: tuple[Replica, ...] = ()
+
+
+class Routes(Document):
+    """Everything a gateway needs to serve every pipeline of a testbed."""
+
+    version: int = Field(ge=0)
+    """Grows with every change, also across restarts of the orchestrator."""
+    testbed: str
+    services: Mapping[str, Service]
+    pipelines: Mapping[str, Pipeline]
+    links: Mapping[str, Mapping[str, Link]] = Field(default_factory=dict)
+    """from node -> to node -> link; a pair that is missing, and a node to itself, costs nothing."""
+
+    @model_validator(mode="after")
+    def _pipelines_use_known_services(self) -> Routes:
+        for pipeline in self.pipelines.values():
+            for step in pipeline.steps:
+                if step.service not in self.services:
+                    raise ValueError(f"pipeline {pipeline.name!r} uses service {step.service!r}, which is not in the document")
+        return self
+
+
+def empty() -> Routes:
+    """The document of a gateway that has not heard from an orchestrator yet: every task finds no pipeline."""
+    return Routes(version=0, testbed="", services={}, pipelines={})
+
+
+def save(routes: Routes, path: Path) -> None:
+    """Keep the document on disk in one step, so that a gateway that starts meanwhile reads the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(routes.model_dump_json().encode())
+    os.replace(partial, path)
+
+
+def load(path: Path) -> Routes | None:
+    """The document kept on disk, or None where there is none that can be read."""
+    try:
+        return Routes.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None

@@ -1,0 +1,109 @@
+"""The call to the next hop, by gateway and stage alike: the best candidate, then at most one other, within the budget left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import orjson
+
+from services.dataplane import errors
+from services.dataplane.errors import Expired, NoReplica, UpstreamFailed
+from services.dataplane.itinerary import Candidate
+from services.dataplane.routing import RetryBudget, RouteBook
+from services.dataplane.wire import BINARY_TYPE, HEADER_LENGTH, JSON_TYPE
+from services.transport import HttpAnswer, TimedOut, Transport, Unreachable
+
+TRACE_HEADERS = ("traceparent", "tracestate", "x-request-id")
+"""Passed on by every hop, whether or not anybody traces."""
+RETRY_STATUSES = frozenset({429, 503})
+"""Refusals by the callee itself, before any work: another replica may well have room."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One call to one service: what is sent, to whom it may go, and what came of it."""
+
+    service: str
+    candidates: Sequence[Candidate]
+    body: bytes
+    header_length: int | None
+    due: float
+    """Instant [s, monotonic] after which no answer is of use."""
+    least_s: float = 0.0
+    """Time [s] an answer needs at best: with less left there is no second try."""
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """Headers passed on unchanged: traceparent, tracestate, x-request-id."""
+    failed: list[str] = field(default_factory=list)
+    """Replicas found dead on the way."""
+    replica: str = ""
+    """The replica asked last."""
+    elapsed_s: float = 0.0
+    """Duration of the last attempt [s]."""
+
+
+class Forwarder:
+    """Calls other stages for one process, with its own view of who is alive and its own retry budget."""
+
+    def __init__(self, transport: Transport, book: RouteBook, retries: RetryBudget) -> None:
+        self.book = book
+        self._transport = transport
+        self._retries = retries
+
+    async def post(self, call: Call) -> HttpAnswer:
+        """The answer of the first candidate that gives one, with status 200.
+
+        Raises:
+            TaskError: what the stage answered, Expired when time ran out, or UpstreamFailed when nobody could be reached.
+        """
+        headers = {"content-type": JSON_TYPE if call.header_length is None else BINARY_TYPE, **call.trace}
+        if call.header_length is not None:
+            headers[HEADER_LENGTH] = str(call.header_length)
+        self._retries.request()
+        refusal: errors.TaskError = NoReplica(f"service {call.service!r} has no ready replica", stage=call.service)
+        for attempt, candidate in enumerate(self._in_order(call.candidates)):
+            now = time.monotonic()
+            if attempt and not (call.due - now > call.least_s and self._retries.allow()):
+                break
+            call.replica = candidate.replica
+            try:
+                answer = await self._transport.post(candidate.url, call.body, headers, max(call.due - now, 0.001))
+            except Unreachable as error:
+                self.book.failed(candidate.replica, time.monotonic())
+                call.failed.append(candidate.replica)
+                refusal = UpstreamFailed(f"service {call.service!r} could not be reached ({error})", stage=call.service)
+                continue
+            except TimedOut:
+                raise Expired(f"the deadline passed while service {call.service!r} worked", stage=call.service) from None
+            finally:
+                call.elapsed_s = time.monotonic() - now
+            if answer.status == 200:
+                return answer
+            refusal = _refusal(answer, call.service)
+            if answer.status not in RETRY_STATUSES or refusal.stage != call.service:
+                break
+        raise refusal
+
+    def allow_retry(self) -> bool:
+        """Take a token of the retry budget for a second walk of a whole chain."""
+        return self._retries.allow()
+
+    def _in_order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """At most two, those this process knows to be dead last."""
+        now = time.monotonic()
+        return sorted(candidates, key=lambda candidate: self.book.ejected(candidate.replica, now))[:2]
+
+
+def _refusal(answer: HttpAnswer, service: str) -> errors.TaskError:
+    try:
+        body = orjson.loads(answer.body)
+    except orjson.JSONDecodeError:
+        body = {}
+    after = answer.headers.get("retry-after", "")
+    return errors.from_answer(
+        answer.status,
+        body if isinstance(body, dict) else {},
+        stage=service,
+        retry_after_s=float(after) if after.isdecimal() else None,
+    )

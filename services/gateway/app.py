@@ -1,0 +1,142 @@
+"""The gateway's FastAPI app: the routes around one `GatewayService`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from starlette.routing import Route
+
+from services import exposition, oip
+from services.asgi import Endpoint
+from services.dataplane.errors import NotFound
+from services.dataplane.routing import RouteBook
+from services.dataplane.wire import Limits
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.openai import OpenAI, error_shape
+from services.gateway.service import VERSION, GatewayService
+from services.gateway.subscription import Subscription
+from services.gateway.table import Plan, Table
+from services.transport import Transport
+
+
+class Gateway:
+    """A gateway process: its routes, its connections, its counters."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        node: str,
+        routes_url: str | None,
+        routes_file: Path | None,
+        limits: Limits | None = None,
+        max_in_flight: int = 4096,
+    ) -> None:
+        self.metrics = GatewayMetrics()
+        self.limits = limits or Limits()
+        self.draining = False
+        self._node = node
+        self._max_in_flight = max_in_flight
+        self._book = RouteBook()
+        self._service: GatewayService | None = None
+        self.subscription = Subscription(routes_url, routes_file, name, self._changed)
+
+    def _changed(self, table: Table) -> None:
+        self._book.forget_all_but(replica.id for service in table.routes.services.values() for replica in service.replicas)
+        self.metrics.routes(table.routes.version, table.plans.values())
+
+    @property
+    def in_flight(self) -> int:
+        """Tasks not answered yet."""
+        return self._service.in_flight if self._service is not None else 0
+
+    @property
+    def ready(self) -> bool:
+        """It has routes, at least one pipeline is served, and it is not draining."""
+        table = self.subscription.table
+        return not self.draining and any(table.ready(name) for name in table.plans)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[GatewayService]:
+        """Open the connections and follow the routes; undo both on the way out."""
+        async with Transport() as transport:
+            service = GatewayService(
+                self.subscription,
+                transport,
+                self.metrics,
+                self._book,
+                node=self._node,
+                limits=self.limits,
+                max_in_flight=self._max_in_flight,
+            )
+            self._service = service
+            self.metrics.watch(in_flight=lambda: service.in_flight)
+            following = asyncio.ensure_future(self.subscription.follow(transport))
+            try:
+                yield service
+            finally:
+                following.cancel()
+                with suppress(asyncio.CancelledError):
+                    await following
+
+    def plan(self, model: str, version: str | None) -> Plan:
+        """The pipeline of that name, or NotFound."""
+        if self._service is None:
+            raise NotFound("the gateway is not serving")
+        return self._service.plan(model, version or VERSION)
+
+
+def build(gateway: Gateway) -> FastAPI:
+    """The app of one gateway."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with gateway.running() as service:
+            infer = Endpoint(service.infer)
+            openai = OpenAI(service, gateway.limits)
+            app.router.routes[:0] = [
+                Route("/v2/models/{model}/infer", infer, methods=["POST"]),
+                Route("/v2/models/{model}/versions/{version}/infer", infer, methods=["POST"]),
+                Route("/v1/embeddings", Endpoint(openai.embeddings, error_shape), methods=["POST"]),
+            ]
+            app.add_api_route("/v1/models", openai.models, methods=["GET"])
+            yield
+
+    app = FastAPI(title="Espalier gateway", lifespan=lifespan)
+    oip.add_error_shape(app)
+    oip.add_server_routes(app, lambda: gateway.ready)
+
+    @app.get("/v2/models/{model}")
+    @app.get("/v2/models/{model}/versions/{version}")
+    def metadata(model: str, version: str | None = None) -> dict[str, Any]:
+        plan = gateway.plan(model, version)
+        return {
+            "name": model,
+            "versions": [VERSION],
+            "platform": "espalier_pipeline",
+            "inputs": [oip.tensor_metadata(tensor) for tensor in plan.inputs.values()],
+            "outputs": [oip.tensor_metadata(tensor) for tensor in plan.outputs.values()],
+            "parameters": {
+                "deadline_s": plan.pipeline.deadline_s,
+                "epsilon": plan.pipeline.epsilon,
+                "steps": [{"id": step.id, "service": step.service} for step in plan.pipeline.steps],
+            },
+        }
+
+    @app.get("/v2/models/{model}/ready")
+    @app.get("/v2/models/{model}/versions/{version}/ready")
+    def model_ready(model: str, version: str | None = None) -> JSONResponse:
+        gateway.plan(model, version)
+        return oip.readiness(gateway.subscription.table.ready(model) and not gateway.draining, name=model)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(gateway.metrics.exposition(), media_type=exposition.MEDIA_TYPE)
+
+    return app

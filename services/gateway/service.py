@@ -1,0 +1,205 @@
+"""A task's life at the gateway: from a request to exactly one outcome, counted once."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Receive, Scope
+
+from services import asgi
+from services.asgi import Answer
+from services.dataplane import deadline, itinerary, wire
+from services.dataplane.deadline import Deadline
+from services.dataplane.errors import (
+    BadRequest,
+    Expired,
+    NoReplica,
+    NotFound,
+    Overloaded,
+    QueueFull,
+    TaskError,
+    TooLarge,
+)
+from services.dataplane.routing import RetryBudget, RouteBook
+from services.dataplane.wire import Limits, Message, Tensor
+from services.forward import TRACE_HEADERS, Forwarder
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.subscription import Subscription
+from services.gateway.table import Plan, Table
+from services.gateway.walk import Hops, Walker
+from services.transport import Transport
+
+VERSION = "1"
+LONGEST_DEADLINE_S = 60.0
+REFUSALS = (BadRequest, NotFound, TooLarge, QueueFull, Overloaded, NoReplica)
+HOPS_WANTED = "hops"
+"""Request parameter (true): list what each hop measured in the answer's parameters, for those who cannot read headers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What a pipeline computed, by output name, and the time line."""
+
+    tensors: dict[str, Tensor]
+    hops: Hops
+    elapsed_s: float
+
+
+class GatewayService:
+    """The data plane of a gateway."""
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        transport: Transport,
+        metrics: GatewayMetrics,
+        book: RouteBook,
+        *,
+        node: str,
+        limits: Limits,
+        max_in_flight: int,
+    ) -> None:
+        self.draining = False
+        self.in_flight = 0
+        self._subscription = subscription
+        self._metrics = metrics
+        self._limits = limits
+        self._max_in_flight = max_in_flight
+        # Only which of two equal replicas is tried first hangs on these draws, so no seed is asked of the user.
+        self._walker = Walker(Forwarder(transport, book, RetryBudget()), node, random.Random(), limits)
+
+    @property
+    def table(self) -> Table:
+        """The routes in use."""
+        return self._subscription.table
+
+    def plan(self, model: str, version: str = VERSION) -> Plan:
+        """The pipeline of that name.
+
+        Raises:
+            NotFound: there is none; the message lists those there are.
+        """
+        plan = self.table.plans.get(model)
+        if plan is None:
+            raise NotFound(f"no pipeline {model!r}; this gateway serves {', '.join(self.table.plans) or 'none yet'}")
+        if version != VERSION:
+            raise NotFound(f"pipeline {model!r} has no version {version!r}, only {VERSION}")
+        return plan
+
+    async def infer(self, scope: Scope, receive: Receive) -> Answer:
+        """Serve `POST /v2/models/PIPELINE/infer`; see `services.asgi.Endpoint`."""
+        arrived = time.monotonic()
+        headers = asgi.headers_of(scope)
+        try:
+            parameters = scope["path_params"]
+            plan = self.plan(parameters["model"], parameters.get("version", VERSION))
+            body = await asgi.read_body(receive, headers, self._limits.body_bytes)
+            message = wire.decode_request(body, headers.get(wire.HEADER_LENGTH), self._limits)
+            tensors = _inputs(plan, message)
+            wanted = _wanted(plan, message)
+            until = self.deadline(plan, headers, message.parameters, arrived)
+        except TaskError as error:
+            self._metrics.bad_request(error.reason)
+            raise
+        answered = await asgi.while_connected(self.run(plan, tensors, until, trace_of(headers)), receive)
+        response = Message(
+            tensors=tuple(answered.tensors[name] for name in wanted),
+            id=message.id,
+            parameters={itinerary.HOPS: answered.hops} if message.parameters.get(HOPS_WANTED) is True else {},
+            binary=message.binary,
+        )
+        encoded, header_length = wire.encode_response(response, model=plan.pipeline.name, version=VERSION)
+        media, extra = wire.media_type(header_length)
+        answer_headers = [(b"content-type", media.encode()), *((k.encode(), v.encode()) for k, v in extra.items())]
+        return 200, [*answer_headers, *self.answer_headers(headers, answered)], encoded
+
+    async def run(self, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Mapping[str, str]) -> Answered:
+        """Compute a task and count its outcome, whatever it is.
+
+        Args:
+            plan: the pipeline.
+            tensors: the request's tensors by reference.
+            until: its deadline.
+            trace: headers to pass on.
+        """
+        outcome = "failed"
+        self.in_flight += 1
+        try:
+            if self.in_flight > self._max_in_flight:
+                raise QueueFull(f"the gateway holds {self._max_in_flight} tasks already", retry_after_s=1.0)
+            table = self.table
+            self._walker.admit(table, plan, until)
+            bag, hops = await self._walker.run(table, plan, tensors, until, trace)
+            now = time.monotonic()
+            outcome = "on_time" if now <= until.due else "late"
+            outputs = {name: Tensor(name, bag[ref].datatype, bag[ref].array) for name, ref in plan.pipeline.outputs.items()}
+            return Answered(outputs, hops, now - until.arrived)
+        except TaskError as error:
+            outcome = "expired" if isinstance(error, Expired) else "rejected" if isinstance(error, REFUSALS) else "failed"
+            error.budget_s = until.budget_s
+            error.elapsed_s = time.monotonic() - until.arrived
+            raise
+        except BaseException as error:
+            # Cancelled: the client left, or the gateway is stopping. Anything else stays a failure of ours.
+            outcome = "failed" if isinstance(error, Exception) else "cancelled"
+            raise
+        finally:
+            self.in_flight -= 1
+            now = time.monotonic()
+            self._metrics.task(plan.pipeline.name, outcome, now - until.arrived, until.remaining_s(now))
+
+    def deadline(self, plan: Plan, headers: Mapping[str, str], parameters: Mapping[str, Any], arrived: float) -> Deadline:
+        """The task's deadline: what the request says, else the pipeline's."""
+        default_s = plan.pipeline.deadline_s
+        budget_s = deadline.read_budget_s(headers, parameters, default_s=default_s, maximum_s=LONGEST_DEADLINE_S)
+        return Deadline(arrived, budget_s)
+
+    def answer_headers(self, headers: Mapping[str, str], answered: Answered) -> list[tuple[bytes, bytes]]:
+        """`Server-Timing` with queue, compute and way of each hop [ms], and the request's id again."""
+        return [(b"server-timing", _server_timing(answered).encode()), (b"x-request-id", request_id(headers).encode("latin-1"))]
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The client's `X-Request-ID`, or a new one."""
+    return headers.get("x-request-id") or uuid.uuid4().hex
+
+
+def trace_of(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers every stage gets too."""
+    return {name: headers[name] for name in TRACE_HEADERS if name in headers}
+
+
+def _inputs(plan: Plan, message: Message) -> dict[str, Tensor]:
+    tensors = {f"request.{tensor.name}": tensor for tensor in message.tensors}
+    for tensor in message.tensors:
+        spec = plan.inputs.get(tensor.name)
+        if spec is None:
+            raise BadRequest(f"pipeline {plan.pipeline.name!r} has no input {tensor.name!r}; it takes {', '.join(plan.inputs)}")
+        if tensor.datatype != spec.datatype:
+            raise BadRequest(f"input {tensor.name!r} must be {spec.datatype}, not {tensor.datatype}")
+        if tensor.array.ndim != len(spec.shape):
+            raise BadRequest(f"input {tensor.name!r} must have shape {list(spec.shape)}, not {list(tensor.array.shape)}")
+    for name in plan.inputs:
+        if f"request.{name}" not in tensors:
+            raise BadRequest(f"input {name!r} of pipeline {plan.pipeline.name!r} is missing")
+    return tensors
+
+
+def _wanted(plan: Plan, message: Message) -> tuple[str, ...]:
+    for name in message.outputs or ():
+        if name not in plan.outputs:
+            raise BadRequest(f"pipeline {plan.pipeline.name!r} has no output {name!r}; it has {', '.join(plan.outputs)}")
+    return message.outputs or tuple(plan.outputs)
+
+
+def _server_timing(answered: Answered) -> str:
+    parts = [f"total;dur={answered.elapsed_s * 1e3:.3f}"]
+    for hop in answered.hops:
+        times = (("q", hop.get("queue_s")), ("c", hop.get("compute_s")), ("n", hop.get("transfer_s")))
+        parts += [f"{hop['step']}-{key};dur={seconds * 1e3:.3f}" for key, seconds in times if seconds is not None]
+    return ", ".join(parts)

@@ -1,0 +1,210 @@
+"""Walks one task through its pipeline: a call per segment, branches at once, joins here.
+
+Choosing replicas and writing the itinerary happen at the moment of the call, with the newest news there is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from services.dataplane import admission, deadline, itinerary, wire
+from services.dataplane.deadline import Deadline
+from services.dataplane.errors import BadRequest, NoReplica, Overloaded, TaskError, UpstreamFailed
+from services.dataplane.itinerary import Hop
+from services.dataplane.pipeline import Segment
+from services.dataplane.routing import RouteBook
+from services.dataplane.wire import Limits, Tensor
+from services.forward import Call, Forwarder
+from services.gateway.table import Plan, Table, Target
+
+Hops = list[dict[str, Any]]
+
+
+class Walker:
+    """Sends tasks through segments and learns from every answer how the replicas fare."""
+
+    def __init__(self, forwarder: Forwarder, node: str, rng: random.Random, limits: Limits) -> None:
+        self._forwarder = forwarder
+        self._book: RouteBook = forwarder.book
+        self._node = node
+        self._rng = rng
+        self._limits = limits
+
+    def admit(self, table: Table, plan: Plan, until: Deadline) -> None:
+        """Let the task in, or refuse it.
+
+        Raises:
+            NoReplica: a service of the pipeline has no ready replica.
+            Overloaded: the predicted completion is past the deadline.
+        """
+        now = time.monotonic()
+        hop_s = {}
+        for service in plan.services:
+            target = table.targets[service]
+            if not target.replicas:
+                raise NoReplica(f"service {service!r} has no ready replica", stage=service)
+            hop_s[service] = admission.replica_s(self._book, target.replicas, now)
+        predicted_s = admission.critical_path_s(plan.segments, hop_s)
+        if predicted_s > until.budget_s:
+            raise Overloaded(
+                f"the predicted time of {predicted_s:.3f} s is over the deadline of {until.budget_s:.3f} s",
+                retry_after_s=predicted_s - until.budget_s,
+            )
+
+    async def run(
+        self, table: Table, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Mapping[str, str]
+    ) -> tuple[dict[str, Tensor], Hops]:
+        """Compute a task.
+
+        Args:
+            table: who serves what.
+            plan: the task's pipeline.
+            tensors: the request's, by reference (`request.NAME`).
+            until: the task's deadline.
+            trace: headers passed on to every stage.
+
+        Returns:
+            Every tensor the gateway has seen, by reference, and what each hop measured.
+
+        Raises:
+            TaskError: the first thing that went wrong; the other branches have been cancelled.
+        """
+        bag = dict(tensors)
+        after_s = self._after(table, plan)
+        if len(plan.segments) == 1:
+            return bag, await self._segment(table, plan.segments[0], bag, until, trace, after_s[0])
+        done = [asyncio.Event() for _ in plan.segments]
+        hops: list[Hops] = [[] for _ in plan.segments]
+
+        async def branch(index: int) -> None:
+            segment = plan.segments[index]
+            for parent in segment.parents:
+                await done[parent].wait()
+            hops[index] = await self._segment(table, segment, bag, until, trace, after_s[index])
+            done[index].set()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in range(len(plan.segments)):
+                    group.create_task(branch(index))
+        except* TaskError as errors:
+            first = errors.exceptions[0]
+            while isinstance(first, BaseExceptionGroup):  # pragma: no cover - a group of one level is all we make
+                first = first.exceptions[0]
+            raise first from None
+        return bag, [hop for each in hops for hop in each]
+
+    async def _segment(
+        self,
+        table: Table,
+        segment: Segment,
+        bag: dict[str, Tensor],
+        until: Deadline,
+        trace: Mapping[str, str],
+        after_s: float,
+    ) -> Hops:
+        """Call one chain, put what it returns into the bag, and give back its hops."""
+        tensors = tuple(Tensor(ref, bag[ref].datatype, bag[ref].array) for ref in segment.sends)
+        while True:
+            call = self._call(table, segment, tensors, until, trace, after_s)
+            try:
+                answer = await self._forwarder.post(call)
+            except TaskError as error:
+                self._learn(error.hops, call)
+                # A replica further down died with nobody to take over from there: once more, around the dead.
+                deeper = isinstance(error, UpstreamFailed) and error.stage != call.service
+                if deeper and until.remaining_s(time.monotonic()) > call.least_s and self._forwarder.allow_retry():
+                    continue
+                raise
+            try:
+                message = wire.decode_response(answer.body, answer.headers.get(wire.HEADER_LENGTH), self._limits)
+            except TaskError as error:
+                raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
+            hops: Hops = message.parameters.get(itinerary.HOPS, [])
+            self._learn(hops, call)
+            bag.update((tensor.name, tensor) for tensor in message.tensors)
+            return hops
+
+    def _call(
+        self,
+        table: Table,
+        segment: Segment,
+        tensors: tuple[Tensor, ...],
+        until: Deadline,
+        trace: Mapping[str, str],
+        after_s: float,
+    ) -> Call:
+        now = time.monotonic()
+        hops = self._hops(table, segment, now, after_s)
+        for hop in hops:
+            self._book.sent(hop.candidates[0].replica)
+        parameters = {
+            itinerary.PARAMETER: itinerary.to_parameter(hops),
+            deadline.PARAMETER: deadline.to_parameter(until.remaining_s(now)),
+        }
+        body, header_length = wire.encode_request(wire.Message(tensors, parameters=parameters))
+        return Call(
+            service=hops[0].service,
+            candidates=hops[0].candidates,
+            body=body,
+            header_length=header_length,
+            due=until.due,
+            least_s=hops[0].reserve_s,
+            trace=trace,
+        )
+
+    def _hops(self, table: Table, segment: Segment, now: float, after_s: float) -> tuple[Hop, ...]:
+        """The segment's itinerary; the reserve of a hop is what the hops behind it and the segments after it will take."""
+        chosen: list[tuple[int, ...]] = []
+        node = self._node
+        for step in segment.steps:
+            target = table.targets[step.service]
+            if not target.replicas:
+                raise NoReplica(f"service {step.service!r} has no ready replica", stage=step.service)
+            links_s = [table.link(node, other).transfer_s(target.input_bytes) for other in target.nodes]
+            order = self._book.order(target.replicas, links_s, now, self._rng)
+            node = target.nodes[order[0]]
+            chosen.append(order)
+        reserve_s = after_s
+        hops: list[Hop] = []
+        for index in range(len(segment.steps) - 1, -1, -1):
+            step, target = segment.steps[index], table.targets[segment.steps[index].service]
+            candidates = tuple(target.candidates[i] for i in chosen[index])
+            hops.append(Hop(step.id, step.service, candidates, step.inputs, segment.carried_after(index), reserve_s))
+            view = self._book.view(candidates[0].replica)
+            reserve_s += view.service_s + view.transfer_s
+        return tuple(reversed(hops))
+
+    def _after(self, table: Table, plan: Plan) -> list[float]:
+        """For each segment, the time [s] the longest way from its end to the pipeline's needs, without waits."""
+        work_s = [sum(self._work_s(table.targets[step.service]) for step in segment.steps) for segment in plan.segments]
+        after = [0.0] * len(plan.segments)
+        for index in range(len(plan.segments) - 1, -1, -1):
+            for parent in plan.segments[index].parents:
+                after[parent] = max(after[parent], work_s[index] + after[index])
+        return after
+
+    def _work_s(self, target: Target) -> float:
+        views = [self._book.view(replica) for replica in target.replicas]
+        return min((view.service_s + view.transfer_s for view in views), default=0.0)
+
+    def _learn(self, hops: Hops, call: Call) -> None:
+        now = time.monotonic()
+        if hops:
+            hops[0]["transfer_s"] = round(max(call.elapsed_s - hops[0].get("total_s", 0.0), 0.0), 6)
+        for hop in hops:
+            for replica in hop.get("failed", ()):
+                self._book.failed(replica, now)
+            if "replica" not in hop:
+                raise BadRequest("a stage's report names no replica")
+            self._book.answered(
+                hop["replica"],
+                now,
+                wait_s=hop.get("wait_s", 0.0),
+                service_s=hop.get("compute_s"),
+                transfer_s=hop.get("transfer_s"),
+            )

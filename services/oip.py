@@ -1,0 +1,75 @@
+"""What the Open Inference Protocol asks of every server, beside inference: health, metadata, and errors in one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from models.manifest import TensorSpec
+from services.dataplane.errors import TaskError
+
+EXTENSIONS = ("binary_tensor_data", "schedule_policy")
+
+
+def tensor_metadata(tensor: TensorSpec) -> dict[str, Any]:
+    """A tensor as OIP tells it: a symbolic axis is -1."""
+    return {
+        "name": tensor.name,
+        "datatype": tensor.datatype,
+        "shape": [-1 if isinstance(axis, str) else axis for axis in tensor.shape],
+    }
+
+
+def readiness(ready: bool, name: str | None = None) -> JSONResponse:
+    """200 {"ready": true} or 503 {"ready": false}."""
+    body: dict[str, Any] = {"ready": ready} if name is None else {"name": name, "ready": ready}
+    return JSONResponse(body, 200 if ready else 503)
+
+
+def add_server_routes(app: FastAPI, ready: Callable[[], bool]) -> None:
+    """Health and server metadata."""
+
+    @app.get("/v2/health/live")
+    def live() -> dict[str, bool]:
+        return {"live": True}
+
+    @app.get("/v2/health/ready")
+    def server_ready() -> JSONResponse:
+        return readiness(ready())
+
+    @app.get("/v2")
+    def server() -> dict[str, Any]:
+        return {"name": "espalier", "version": version("espalier"), "extensions": list(EXTENSIONS)}
+
+
+def add_error_shape(app: FastAPI) -> None:
+    """Errors of FastAPI's own routes in the shape of every other error: {"error", "reason", ...}."""
+
+    async def task_error(request: Request, error: Exception) -> JSONResponse:
+        if not isinstance(error, TaskError):
+            raise error
+        return JSONResponse(error.body(), error.status, {k.decode(): v.decode() for k, v in error.headers()})
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        if not isinstance(error, HTTPException):
+            raise error
+        reason = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+        detail = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse({"error": detail, "reason": reason}, error.status_code, dict(error.headers or {}))
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        if not isinstance(error, RequestValidationError):
+            raise error
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return JSONResponse({"error": f"{where}: {first['msg']}", "reason": "bad_request"}, 400)
+
+    app.add_exception_handler(TaskError, task_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, invalid)

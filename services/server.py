@@ -1,0 +1,104 @@
+"""Runs an app under uvicorn: one process, one event loop, a socket of its own or an inherited one, and a drain on SIGTERM.
+
+Draining: readiness goes first, so that routers stop choosing this process; stragglers whose itinerary still names it are
+answered; once nothing has been in flight for a moment, the sockets close and the process exits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Protocol
+
+import uvicorn
+from starlette.types import ASGIApp
+
+QUIET_S = 0.5
+"""Nothing in flight for this long ends the drain early."""
+_POLL_S = 0.05
+
+
+class Drainable(Protocol):
+    """What the server asks of the application while it drains."""
+
+    draining: bool
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not been answered yet."""
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, but a first SIGTERM or SIGINT drains before it stops. A second one stops at once."""
+
+    def __init__(self, config: uvicorn.Config, application: Drainable, grace_s: float) -> None:
+        super().__init__(config)
+        self._application = application
+        self._grace_s = grace_s
+        self._drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; called by uvicorn in place of stopping."""
+        if self._application.draining:
+            super().handle_exit(sig, frame)
+            return
+        self._application.draining = True
+        # A signal handler may interrupt the loop anywhere; let the loop itself start the task.
+        asyncio.get_running_loop().call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        self._drain = asyncio.ensure_future(self._until_quiet())
+
+    async def _until_quiet(self) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._grace_s
+        quiet_since = loop.time()
+        while loop.time() < end and loop.time() - quiet_since < QUIET_S:
+            await asyncio.sleep(_POLL_S)
+            if self._application.in_flight:
+                quiet_since = loop.time()
+        self.should_exit = True
+
+
+def listen(host: str, port: int, fd: int | None = None) -> socket.socket:
+    """A listening socket: the inherited one where `fd` is given, else a new one (port 0 takes any that is free)."""
+    if fd is not None:
+        return socket.socket(fileno=fd)
+    return socket.create_server((host, port), backlog=1024)
+
+
+def serve(
+    app: ASGIApp,
+    application: Drainable,
+    listener: socket.socket,
+    *,
+    grace_s: float,
+    announce: Callable[[str], None],
+) -> None:
+    """Serve until stopped.
+
+    Args:
+        app: the ASGI application.
+        application: what tells how much is in flight.
+        listener: where to accept connections.
+        grace_s: longest drain [s].
+        announce: called with the address once the socket is there.
+    """
+    host, port = listener.getsockname()[:2]
+    announce(f"http://{host}:{port}")
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(grace_s)),
+    )
+    DrainingServer(config, application, grace_s).run(sockets=[listener])

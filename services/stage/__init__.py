@@ -1,0 +1,1 @@
+"""One app for every stage: queue, batch, compute, forward. What it computes is the manifest's choice."""

@@ -1,0 +1,167 @@
+"""The stage's FastAPI app: the Open Inference Protocol's routes around one `StageService`.
+
+`/infer` is a plain ASGI route (see `services.asgi`); the rest are FastAPI's own and documented at /docs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from starlette.routing import Route
+
+from models.manifest import Manifest, StageSpec
+from services import exposition, oip
+from services.asgi import Endpoint
+from services.dataplane.errors import NotFound
+from services.dataplane.routing import RetryBudget, RouteBook
+from services.dataplane.service_time import ServiceEstimate
+from services.dataplane.wire import Limits
+from services.forward import Forwarder
+from services.stage.metrics import StageMetrics
+from services.stage.processors import Processor
+from services.stage.service import VERSION, Identity, StageService
+from services.stage.warm import warm_up
+from services.stage.worker import Worker
+from services.transport import Transport
+
+IN_FLIGHT_PER_PLACE = 4
+"""Requests held in all, per place in the queue: a light stage's tasks wait for later hops, not in its queue."""
+
+
+class Replica:
+    """A stage, opened; warmed when it starts to run, and served until it is drained."""
+
+    def __init__(
+        self,
+        model: Manifest,
+        spec: StageSpec,
+        processor: Processor,
+        identity: Identity,
+        *,
+        cpus: float = 1.0,
+        queue_capacity: int = 256,
+        max_batch: int | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.model = model
+        self.spec = spec
+        self.metrics = StageMetrics(identity.service, identity.node)
+        self.draining = False
+        self._processor = processor
+        self._identity = identity
+        # A batch a processor, with one thread each: two batches at once do twice the work, two threads on one do 1.5 times.
+        self._slots = max(1, int(cpus))
+        self._queue_capacity = queue_capacity
+        self._max_batch = spec.max_batch if max_batch is None else min(max_batch, spec.max_batch)
+        self._limits = limits or Limits()
+        self._service: StageService | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[StageService]:
+        """Warm up, start the worker and open the connections; undo it in reverse on the way out."""
+        law = await asyncio.to_thread(warm_up, self.spec, self._processor)
+        worker = Worker(
+            self.spec,
+            self._processor,
+            ServiceEstimate(law),
+            self.metrics,
+            slots=self._slots,
+            capacity=self._queue_capacity,
+            max_batch=self._max_batch,
+        )
+        async with Transport() as transport:
+            worker.start()
+            forwarder = Forwarder(transport, RouteBook(), RetryBudget())
+            in_flight = self._queue_capacity * IN_FLIGHT_PER_PLACE
+            service = StageService(
+                self.spec, self._identity, worker, forwarder, self.metrics, limits=self._limits, max_in_flight=in_flight
+            )
+            loop = asyncio.get_running_loop()
+            self.metrics.watch(
+                queue_length=lambda: len(worker.queue),
+                in_flight=lambda: service.in_flight,
+                wait=lambda: worker.expected_wait_s(loop.time()),
+            )
+            self._service = service
+            try:
+                yield service
+            finally:
+                self._service = None
+                await worker.stop()
+
+    @property
+    def ready(self) -> bool:
+        """Warmed and not draining."""
+        return self._service is not None and not self.draining
+
+    @property
+    def in_flight(self) -> int:
+        """Requests not answered yet."""
+        return self._service.in_flight if self._service is not None else 0
+
+    def metadata(self) -> dict[str, Any]:
+        """OIP model metadata."""
+        return {
+            "name": self._identity.service,
+            "versions": [VERSION],
+            "platform": "onnx_onnxv1" if self.spec.processor == "onnx" else f"espalier_{self.spec.processor}",
+            "inputs": [oip.tensor_metadata(tensor) for tensor in self.spec.inputs],
+            "outputs": [oip.tensor_metadata(tensor) for tensor in self.spec.outputs],
+            "parameters": {
+                "model": self.model.model,
+                "weights": self.model.weights,
+                "stage": self.spec.name,
+                "tier": self.spec.tier,
+                "max_batch": self._max_batch,
+                "slots": self._slots,
+                **self._processor.describe(),
+            },
+        }
+
+    def check(self, model: str, version: str | None = None) -> None:
+        """Raise NotFound unless this replica serves that model and version."""
+        if model != self._identity.service or version not in (None, VERSION):
+            raise NotFound(
+                f"no model {model!r} version {version or VERSION!r} here; this stage serves {self._identity.service!r}"
+            )
+
+
+def build(replica: Replica) -> FastAPI:
+    """The app of one replica."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with replica.running() as service:
+            infer = Endpoint(service.infer)
+            app.router.routes[:0] = [
+                Route("/v2/models/{model}/infer", infer, methods=["POST"]),
+                Route("/v2/models/{model}/versions/{version}/infer", infer, methods=["POST"]),
+            ]
+            yield
+
+    app = FastAPI(title=f"Espalier stage {replica.spec.name}", lifespan=lifespan)
+    oip.add_error_shape(app)
+    oip.add_server_routes(app, lambda: replica.ready)
+
+    @app.get("/v2/models/{model}")
+    @app.get("/v2/models/{model}/versions/{version}")
+    def metadata(model: str, version: str | None = None) -> dict[str, Any]:
+        replica.check(model, version)
+        return replica.metadata()
+
+    @app.get("/v2/models/{model}/ready")
+    @app.get("/v2/models/{model}/versions/{version}/ready")
+    def model_ready(model: str, version: str | None = None) -> JSONResponse:
+        replica.check(model, version)
+        return oip.readiness(replica.ready, name=model)
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(replica.metrics.exposition(), media_type=exposition.MEDIA_TYPE)
+
+    return app

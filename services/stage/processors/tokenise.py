@@ -1,0 +1,78 @@
+"""Text to token ids with the checkpoint's own tokenizer, padded to the longest text of the task."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.manifest import ManifestError, StageSpec
+from services.dataplane.errors import BadRequest, TooLarge
+from services.dataplane.wire import Array
+
+# One task's texts are few and short; threads would cost more than they save, and the stage's quota is a fraction of a core.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tokenizers import Tokenizer
+
+_LONGEST_TOKEN = 64
+"""Characters per token beyond which no tokenizer's text can fit: a text longer than this many times the limit is refused
+unread, so that a huge one does not hold the event loop."""
+
+
+class Tokenise:
+    """`text` BYTES [batch] -> `input_ids`, `attention_mask` INT64 [batch, seq] and `token_count` INT64 [batch]."""
+
+    inline = True
+
+    def __init__(self, tokenizer: Any, max_tokens: int, pad_id: int, truncate: bool) -> None:
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._pad_id = pad_id
+        self._truncate = truncate
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Tokenise; raises BadRequest for a text that is not UTF-8 or has more tokens than the model takes."""
+        texts = [self._decode(i, raw) for i, raw in enumerate(inputs["text"])]
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
+        for i, tokens in enumerate(ids):
+            if len(tokens) > self._max_tokens and not self._truncate:
+                raise BadRequest(f"text {i} has {len(tokens)} tokens; the model takes {self._max_tokens}: shorten or split it")
+        count = np.fromiter((len(tokens) for tokens in ids), dtype=np.int64, count=len(ids))
+        input_ids = np.full((len(ids), max(count, default=0)), self._pad_id, dtype=np.int64)
+        for row, tokens in zip(input_ids, ids, strict=True):
+            row[: len(tokens)] = tokens
+        mask = (np.arange(input_ids.shape[1]) < count[:, None]).astype(np.int64)
+        return {"input_ids": input_ids, "attention_mask": mask, "token_count": count}
+
+    def describe(self) -> dict[str, Any]:
+        """Longest text and what happens to a longer one."""
+        return {"max_tokens": self._max_tokens, "truncate": self._truncate}
+
+    def _decode(self, index: int, raw: bytes) -> str:
+        limit = self._max_tokens * _LONGEST_TOKEN
+        if len(raw) > limit and not self._truncate:
+            raise TooLarge(f"text {index} has {len(raw)} bytes; the model takes {self._max_tokens} tokens: shorten or split it")
+        try:
+            return raw.decode()[:limit]
+        except UnicodeDecodeError:
+            raise BadRequest(f"text {index} is not UTF-8") from None
+
+
+def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Tokenise:
+    """Open tokenizer.json; see `services.stage.processors`."""
+    del threads
+    if not files:
+        raise ManifestError(f"stage {spec.name!r} needs its tokenizer.json; export the model again (espalier export)")
+    tokenizer = Tokenizer.from_file(str(files[0]))
+    max_tokens, truncate = int(spec.parameters["max_tokens"]), bool(spec.parameters.get("truncate", False))
+    # Checkpoints ship with padding and truncation set for training; both are ours to decide.
+    tokenizer.no_padding()
+    if truncate:
+        tokenizer.enable_truncation(max_tokens)
+    else:
+        tokenizer.no_truncation()
+    return Tokenise(tokenizer, max_tokens, int(spec.parameters["pad_id"]), truncate)

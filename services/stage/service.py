@@ -1,0 +1,250 @@
+"""One request's way through a stage: decode, bind, queue and compute, then answer or forward to the next hop.
+
+The same endpoint serves the gateway's itineraries and anybody's plain Open Inference Protocol request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Receive, Scope
+
+from models.manifest import StageSpec
+from services import asgi
+from services.asgi import Answer
+from services.dataplane import deadline, itinerary, wire
+from services.dataplane.deadline import Deadline
+from services.dataplane.errors import BadRequest, Expired, NotFound, QueueFull, TaskError, UpstreamFailed
+from services.dataplane.itinerary import Hop
+from services.dataplane.wire import Limits, Message, Tensor
+from services.forward import TRACE_HEADERS, Call, Forwarder
+from services.stage import tensors
+from services.stage.metrics import StageMetrics
+from services.stage.worker import Result, Worker
+
+VERSION = "1"
+DEFAULT_DEADLINE_S = 30.0
+"""For a plain request that states none: long enough for a person with curl, short enough to be a limit."""
+LONGEST_DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this replica is, as reports and metrics name it."""
+
+    service: str
+    replica: str
+    node: str
+
+
+class StageService:
+    """The data plane of one replica."""
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        identity: Identity,
+        worker: Worker,
+        forwarder: Forwarder,
+        metrics: StageMetrics,
+        *,
+        limits: Limits,
+        max_in_flight: int,
+    ) -> None:
+        self.spec = spec
+        self.identity = identity
+        self.draining = False
+        self.in_flight = 0
+        self._worker = worker
+        self._forwarder = forwarder
+        self._metrics = metrics
+        self._limits = limits
+        self._max_in_flight = max_in_flight
+
+    async def infer(self, scope: Scope, receive: Receive) -> Answer:
+        """Serve one request; see `services.asgi.Endpoint`."""
+        arrived = time.monotonic()
+        self._check_path(scope["path_params"])
+        if self.in_flight >= self._max_in_flight:
+            self._metrics.dropped("queue_full")
+            raise QueueFull(f"stage {self.spec.name!r} holds {self.in_flight} requests already", retry_after_s=1.0)
+        self.in_flight += 1
+        try:
+            answer = await self._answer(asgi.headers_of(scope), receive, arrived)
+        except TaskError as error:
+            self._metrics.ended(error.reason)
+            error.stage = error.stage or self.identity.service
+            raise
+        except asgi.ClientGone:
+            self._metrics.ended("cancelled")
+            raise
+        except Exception:
+            self._metrics.ended("internal")
+            raise
+        else:
+            self._metrics.ended("ok")
+            return answer
+        finally:
+            self.in_flight -= 1
+
+    async def _answer(self, headers: Mapping[str, str], receive: Receive, arrived: float) -> Answer:
+        body = await asgi.read_body(receive, headers, self._limits.body_bytes)
+        message = wire.decode_request(body, headers.get(wire.HEADER_LENGTH), self._limits)
+        until = Deadline(
+            arrived,
+            deadline.read_budget_s(headers, message.parameters, default_s=DEFAULT_DEADLINE_S, maximum_s=LONGEST_DEADLINE_S),
+        )
+        if itinerary.PARAMETER not in message.parameters:
+            return await asgi.while_connected(self._plain(message, until), receive)
+        hops = itinerary.from_parameter(message.parameters[itinerary.PARAMETER])
+        return await asgi.while_connected(self._walk(message, hops, until, headers), receive)
+
+    # --- a plain request ------------------------------------------------------------------------------------------------
+
+    async def _plain(self, message: Message, until: Deadline) -> Answer:
+        take = {tensor.name: tensor.name for tensor in self.spec.inputs}
+        wanted = self._wanted(message)
+        self._refuse_unknown(message)
+        result = await self._compute(message, take, until.due, until.arrived)
+        answer = Message(
+            tensors=tuple(self._tensor(name, name, result) for name in wanted), id=message.id, binary=message.binary
+        )
+        encoded, header_length = wire.encode_response(answer, model=self.identity.service, version=VERSION)
+        timing = f"q;dur={result.queue_s * 1e3:.3f}, c;dur={result.compute_s * 1e3:.3f}".encode()
+        return 200, [*_content(header_length), (b"server-timing", timing)], encoded
+
+    def _wanted(self, message: Message) -> tuple[str, ...]:
+        names = tuple(tensor.name for tensor in self.spec.outputs)
+        for name in message.outputs or ():
+            if name not in names:
+                raise BadRequest(f"stage {self.spec.name!r} has no output {name!r}; it has {', '.join(names)}")
+        return message.outputs or names
+
+    def _refuse_unknown(self, message: Message) -> None:
+        names = [tensor.name for tensor in self.spec.inputs]
+        for tensor in message.tensors:
+            if tensor.name not in names:
+                raise BadRequest(f"stage {self.spec.name!r} has no input {tensor.name!r}; it takes {', '.join(names)}")
+
+    # --- a hop of an itinerary ------------------------------------------------------------------------------------------
+
+    async def _walk(self, message: Message, hops: tuple[Hop, ...], until: Deadline, headers: Mapping[str, str]) -> Answer:
+        here = hops[0]
+        try:
+            result = await self._compute(message, here.take, until.due - here.reserve_s, until.arrived)
+        except TaskError as error:
+            error.hops.insert(0, self._report(here, until, None))
+            raise
+        kept = self._keep(here, message, result)
+        if len(hops) == 1:
+            parameters = {itinerary.HOPS: [self._report(here, until, result)]}
+            encoded, header_length = wire.encode_response(
+                Message(kept, parameters=parameters, binary=True), model=self.identity.service, version=VERSION
+            )
+            return 200, _content(header_length), encoded
+        return await self._forward(here, hops[1:], kept, result, until, headers)
+
+    async def _forward(
+        self,
+        here: Hop,
+        rest: tuple[Hop, ...],
+        kept: tuple[Tensor, ...],
+        result: Result,
+        until: Deadline,
+        headers: Mapping[str, str],
+    ) -> Answer:
+        remaining_s = until.remaining_s(time.monotonic())
+        if remaining_s <= 0:
+            raise Expired(
+                f"the deadline passed in stage {self.spec.name!r}", reason="expired", hops=[self._report(here, until, result)]
+            )
+        parameters = {itinerary.PARAMETER: itinerary.to_parameter(rest), deadline.PARAMETER: deadline.to_parameter(remaining_s)}
+        body, header_length = wire.encode_request(Message(kept, parameters=parameters))
+        call = Call(
+            service=rest[0].service,
+            candidates=rest[0].candidates,
+            body=body,
+            header_length=header_length,
+            due=until.due,
+            least_s=here.reserve_s,
+            trace={name: headers[name] for name in TRACE_HEADERS if name in headers},
+        )
+        try:
+            answer = await self._forwarder.post(call)
+        except TaskError as error:
+            error.hops = [self._report(here, until, result, call.failed), *self._measured(error.hops, call)]
+            raise
+
+        def insert(parameters: dict[str, Any]) -> None:
+            further = self._measured(parameters.get(itinerary.HOPS, []), call)
+            parameters[itinerary.HOPS] = [self._report(here, until, result, call.failed), *further]
+
+        try:
+            encoded, header_length = wire.amend_parameters(answer.body, answer.headers.get(wire.HEADER_LENGTH), insert)
+        except BadRequest as error:
+            raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
+        return 200, _content(header_length), encoded
+
+    def _measured(self, hops: list[dict[str, Any]], call: Call) -> list[dict[str, Any]]:
+        """The hops behind the next one, with the time the call to it spent on the way."""
+        if hops:
+            hops[0]["transfer_s"] = transfer = round(max(call.elapsed_s - hops[0].get("total_s", 0.0), 0.0), 6)
+            self._metrics.transfer.observe(transfer)
+        return hops
+
+    def _keep(self, here: Hop, message: Message, result: Result) -> tuple[Tensor, ...]:
+        made = {f"{here.step}.{spec.name}": spec.name for spec in self.spec.outputs}
+        kept = []
+        for ref in here.keep:
+            if ref in made:
+                kept.append(self._tensor(ref, made[ref], result))
+            elif (passed := message.tensor(ref)) is not None:
+                kept.append(passed)
+            else:
+                raise BadRequest(f"the itinerary wants {ref!r} kept, which neither came nor was made here")
+        return tuple(kept)
+
+    def _report(self, hop: Hop, until: Deadline, result: Result | None, failed: list[str] | None = None) -> dict[str, Any]:
+        """What this hop measured, for the gateway's routing and the task's time line. Times in seconds."""
+        now = time.monotonic()
+        report: dict[str, Any] = {
+            "step": hop.step,
+            "service": self.identity.service,
+            "replica": self.identity.replica,
+            "node": self.identity.node,
+            "wait_s": round(self._worker.expected_wait_s(now), 6),
+            "queue_length": len(self._worker.queue),
+            "total_s": round(now - until.arrived, 6),
+        }
+        if result is not None:
+            report |= {"queue_s": round(result.queue_s, 6), "compute_s": round(result.compute_s, 6), "batch": result.batch}
+        if failed:
+            report["failed"] = failed
+        return report
+
+    # --- common ---------------------------------------------------------------------------------------------------------
+
+    async def _compute(self, message: Message, take: Mapping[str, str], due: float, arrived: float) -> Result:
+        inputs, axes = tensors.bind(self.spec, message, take)
+        result = await self._worker.compute(inputs, axes, due, arrived)
+        self._metrics.queue.observe(result.queue_s)
+        self._metrics.compute.observe(result.compute_s)
+        return result
+
+    def _tensor(self, name: str, output: str, result: Result) -> Tensor:
+        datatype = next(spec.datatype for spec in self.spec.outputs if spec.name == output)
+        return Tensor(name, datatype, result.outputs[output])
+
+    def _check_path(self, parameters: Mapping[str, str]) -> None:
+        if parameters["model"] != self.identity.service:
+            raise NotFound(f"no model {parameters['model']!r} here; this stage serves {self.identity.service!r}")
+        if parameters.get("version", VERSION) != VERSION:
+            raise NotFound(f"model {self.identity.service!r} has no version {parameters['version']!r}, only {VERSION}")
+
+
+def _content(header_length: int | None) -> list[tuple[bytes, bytes]]:
+    media, headers = wire.media_type(header_length)
+    return [(b"content-type", media.encode()), *((name.encode(), value.encode()) for name, value in headers.items())]

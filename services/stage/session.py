@@ -1,0 +1,60 @@
+"""The one door to ONNX Runtime: a session over a stage's graph, on the best provider there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from models.manifest import ManifestError, StageSpec
+from services.dataplane.wire import Array
+
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+"""In order of preference; the first ones that this build of ONNX Runtime and this machine have are used."""
+
+
+class Session:
+    """An ONNX graph. Runs release the GIL, so the event loop goes on beside them."""
+
+    inline = False
+
+    def __init__(self, session: ort.InferenceSession, outputs: tuple[str, ...], threads: int) -> None:
+        self._session = session
+        self._outputs = list(outputs)
+        self._threads = threads
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """One run of the graph over a batch."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+    def describe(self) -> dict[str, Any]:
+        """Providers in use and threads per run."""
+        return {"providers": self._session.get_providers(), "threads": self._threads}
+
+
+def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Session:
+    """Open the graph; see `services.stage.processors`."""
+    if not files:
+        raise ManifestError(f"stage {spec.name!r} has no ONNX file; export the model again (espalier export)")
+    options = ort.SessionOptions()
+    # Never leave these to ONNX Runtime: it counts the host's cores, not the container's quota, and its spinning threads
+    # take half of a shared box (measured: encoders at half speed beside a busy neighbour).
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Inputs of every length would each leave their own largest buffers in the arena for good.
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3
+    available = set(ort.get_available_providers())
+    try:
+        session = ort.InferenceSession(str(files[0]), options, providers=[p for p in PROVIDERS if p in available])
+    except Exception as error:  # ONNX Runtime raises its own classes, which derive from nothing useful
+        raise ManifestError(f"{files[0].name}: ONNX Runtime cannot open it ({error}); export the model again") from None
+    wanted, found = {tensor.name for tensor in spec.inputs}, {node.name for node in session.get_inputs()}
+    if wanted != found:
+        raise ManifestError(
+            f"{files[0].name} takes {sorted(found)}, not {sorted(wanted)} as the manifest says; export the model again"
+        )
+    return Session(session, tuple(tensor.name for tensor in spec.outputs), threads)

@@ -1,0 +1,51 @@
+"""Runs a stage on made-up inputs before it is ready: first runs are slow, and their times are the first service law."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from models.manifest import BATCH_AXIS, ServiceLaw, StageSpec, TensorSpec
+from services.dataplane.service_time import fit_law
+from services.dataplane.wire import DTYPES, Array
+from services.stage.processors import Processor
+
+SHORT, LONG = 8, 64
+"""Lengths of the symbolic axes tried: two points make a line."""
+RUNS = 5
+
+
+def warm_up(spec: StageSpec, processor: Processor) -> ServiceLaw:
+    """Run the stage until its times mean something, and fit its law to them.
+
+    Two sizes along every symbolic axis but batch, or along batch where there is no other. Medians of a few runs each, after one
+    that does not count.
+    """
+    other = {axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str) and axis != BATCH_AXIS}
+    points = []
+    for length in (SHORT, LONG):
+        axes = dict.fromkeys(other, length) if other else {BATCH_AXIS: length}
+        inputs = {tensor.name: _made_up(tensor, axes) for tensor in spec.inputs}
+        units = spec.units(inputs[spec.inputs[0].name].shape)
+        processor.run(inputs)
+        seconds = []
+        for _ in range(RUNS):
+            start = time.perf_counter()
+            processor.run(inputs)
+            seconds.append(time.perf_counter() - start)
+        points.append((float(units), statistics.median(seconds)))
+    return fit_law(points)
+
+
+def _made_up(tensor: TensorSpec, axes: Mapping[str, int]) -> Array:
+    shape = tuple(axes.get(axis, 1) if isinstance(axis, str) else axis for axis in tensor.shape)
+    if tensor.datatype == "BYTES":
+        array = np.empty(math.prod(shape), dtype=object)
+        array[:] = b"made up"
+        return array.reshape(shape)
+    # Ones, not zeros: a mask of zeros would let a stage skip its work.
+    return np.ones(shape, DTYPES[tensor.datatype])

@@ -1,0 +1,220 @@
+"""The one seam to HTTP between processes of the data plane: keep-alive HTTP/1.1 over asyncio, parsed by httptools.
+
+A hop's cost is a product feature here: docs/decisions.md says what httpx, aiohttp and this take. The parser is llhttp, as in
+uvicorn; ours are the pool, one request at a time on each connection, and the mapping of everything that can go wrong to
+`Unreachable` or `TimedOut`. An answer of any status is an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from urllib.parse import urlsplit
+
+import httptools
+
+IDLE_S = 30.0
+"""Age at which an idle connection is given up: well before the servers' 75 s, so a request seldom meets a closing one."""
+IDLE_PER_HOST = 512
+CONNECT_TIMEOUT_S = 1.0
+ANSWER_BYTES = 64 << 20
+"""Largest answer taken in; a server that sends more is cut off."""
+
+
+class Unreachable(Exception):
+    """No answer came: connection refused, broken off, or not HTTP. Whoever was asked is gone or going."""
+
+
+class TimedOut(Exception):
+    """No answer came within the time given; the connection has been closed, so the other side knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """Status, headers (names in lower case) and whole body of an answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Transport:
+    """Keep-alive connections to other processes. Use as an async context manager; closing it closes them all."""
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[str, int], list[_Connection]] = defaultdict(list)
+        self._open: set[_Connection] = set()
+        self._targets: dict[str, tuple[str, int, bytes]] = {}
+
+    async def __aenter__(self) -> Transport:
+        """Nothing is opened before it is needed."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close every connection; whoever still waits for an answer gets Unreachable."""
+        for connection in list(self._open):
+            connection.close()
+
+    async def get(self, url: str, timeout_s: float) -> HttpAnswer:
+        """As `post`, without a body."""
+        return await self._within(b"GET", url, b"", {}, timeout_s)
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
+        """Send a request and wait for the whole answer. Cancelling the call closes its connection.
+
+        Args:
+            url: http://HOST:PORT/PATH.
+            body: the body.
+            headers: beside Host and Content-Length.
+            timeout_s: limit on all of it [s].
+
+        Raises:
+            Unreachable: no connection, or it broke before the answer was complete.
+            TimedOut: `timeout_s` passed first.
+        """
+        return await self._within(b"POST", url, body, headers, timeout_s)
+
+    async def _within(self, method: bytes, url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._request(method, url, body, headers)
+        except TimeoutError:
+            raise TimedOut(f"{url}: no answer within {timeout_s:.3f} s") from None
+
+    async def _request(self, method: bytes, url: str, body: bytes, headers: Mapping[str, str]) -> HttpAnswer:
+        host, port, target = self._target(url)
+        lines = b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in headers.items())
+        request = b"%b %b%bcontent-length: %d\r\n\r\n%b" % (method, target, lines, len(body), body)
+        while True:
+            connection, reused = await self._connect(host, port)
+            try:
+                answer = await connection.exchange(request)
+            except ConnectionError as error:
+                # The server may close an idle connection at the moment we use it; the request was not read then, and a
+                # fresh connection tells whether the server is there at all.
+                if reused and not connection.heard:
+                    continue
+                raise Unreachable(f"{url}: {error}") from None
+            finally:
+                self._give_back(host, port, connection)
+            return answer
+
+    def _target(self, url: str) -> tuple[str, int, bytes]:
+        known = self._targets.get(url)
+        if known is None:
+            parts = urlsplit(url)
+            if parts.scheme != "http" or not parts.hostname:
+                raise Unreachable(f"{url}: not an http:// address")
+            path = parts.path + (f"?{parts.query}" if parts.query else "")
+            known = (parts.hostname, parts.port or 80, f"{path or '/'} HTTP/1.1\r\nhost: {parts.netloc}\r\n".encode())
+            if len(self._targets) >= IDLE_PER_HOST:
+                self._targets.clear()  # long polls carry a version in their address: keep the cache bounded
+            self._targets[url] = known
+        return known
+
+    async def _connect(self, host: str, port: int) -> tuple[_Connection, bool]:
+        idle = self._idle[host, port]
+        oldest = time.monotonic() - IDLE_S
+        while idle:
+            connection = idle.pop()
+            if connection.usable and connection.since > oldest:
+                return connection, True
+            connection.close()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                loop = asyncio.get_running_loop()
+                _, connection = await loop.create_connection(lambda: _Connection(self._open), host, port)
+        except TimeoutError:
+            raise Unreachable(f"{host}:{port}: no connection within {CONNECT_TIMEOUT_S} s") from None
+        except OSError as error:
+            raise Unreachable(f"{host}:{port}: {error}") from None
+        return connection, False
+
+    def _give_back(self, host: str, port: int, connection: _Connection) -> None:
+        idle = self._idle[host, port]
+        if connection.usable and len(idle) < IDLE_PER_HOST:
+            connection.since = time.monotonic()
+            idle.append(connection)
+        else:
+            connection.close()
+
+
+class _Connection(asyncio.Protocol):
+    """One connection, one request at a time. It is `usable` between a complete answer and the next request."""
+
+    def __init__(self, registry: set[_Connection]) -> None:
+        self.usable = True
+        self.heard = False
+        """Whether anything of the current answer has arrived."""
+        self.since = 0.0
+        self._registry = registry
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._answer: asyncio.Future[HttpAnswer] | None = None
+        self._headers: dict[str, str] = {}
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    async def exchange(self, request: bytes) -> HttpAnswer:
+        """Send the request and wait for its answer; raises ConnectionError when the connection breaks first."""
+        if self._transport is None or self._transport.is_closing():
+            self.usable = False
+            raise ConnectionResetError("the connection was closed")
+        self.usable = self.heard = False
+        self._headers, self._chunks, self._size = {}, [], 0
+        self._parser = httptools.HttpResponseParser(self)
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return await self._answer
+
+    def close(self) -> None:
+        """Close at once; an answer still awaited becomes a ConnectionError."""
+        self.usable = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- called by the event loop ---------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._registry.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._break(ConnectionAbortedError(f"the answer is not HTTP ({error})"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._registry.discard(self)
+        self._break(ConnectionResetError(str(error) if error else "the server closed the connection"))
+
+    def _break(self, error: ConnectionError) -> None:
+        self.close()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+
+    # --- called by the parser -------------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_body(self, body: bytes) -> None:
+        self._size += len(body)
+        if self._size > ANSWER_BYTES:
+            self._break(ConnectionAbortedError(f"the answer has more than {ANSWER_BYTES} bytes"))
+        else:
+            self._chunks.append(body)
+
+    def on_message_complete(self) -> None:
+        self.usable = self._parser.should_keep_alive()
+        if self._answer is not None and not self._answer.done():
+            body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+            self._answer.set_result(HttpAnswer(self._parser.get_status_code(), self._headers, body))
