@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from services.dataplane.errors import BadRequest
 from services.dataplane.itinerary import Candidate, Hop
 from services.dataplane.routing import RetryBudget, RouteBook
 from services.dataplane.service_time import ServiceEstimate
-from services.dataplane.wire import Message, Tensor
+from services.dataplane.wire import Array, Message, Tensor
 from services.forward import Call, Forwarder
 from services.transport import Transport
 from tests.services import harness
@@ -188,9 +189,10 @@ async def test_d8_a_task_that_would_not_be_done_in_time_is_dropped_before_it_is_
     class Slow(Gate):
         """Takes a tenth of a second, also when it is warmed up, so the stage knows."""
 
-        def run(self, inputs: Any) -> Any:
+        def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+            self.batches.append([])
             self.open.wait(0.1)
-            return {"y": inputs["x"]} if not self.batches.append([]) else {}
+            return {"y": inputs["x"]}
 
     slow = Slow()
     async with harness.stages(replica(slow)) as [url]:
@@ -451,6 +453,7 @@ async def test_d23_every_task_is_counted_once(tmp_path: Path) -> None:
 
 
 def test_a_malformed_itinerary_is_a_bad_request() -> None:
-    for nonsense in (1, [], [{}], [{"step": 1}], [[]] * 40):
+    cases: list[Any] = [1, [], [{}], [{"step": 1}], [[]] * 40]
+    for nonsense in cases:
         with pytest.raises(BadRequest):
             itinerary.from_parameter(nonsense)
