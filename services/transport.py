@@ -63,7 +63,7 @@ class Transport:
 
     async def get(self, url: str, timeout_s: float) -> HttpAnswer:
         """As `post`, without a body."""
-        return await self._within(b"GET", url, b"", {}, timeout_s)
+        return await self._request(b"GET", url, b"", {}, timeout_s)
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
         """Send a request and wait for the whole answer. Cancelling the call closes its connection.
@@ -78,23 +78,19 @@ class Transport:
             Unreachable: no connection, or it broke before the answer was complete.
             TimedOut: `timeout_s` passed first.
         """
-        return await self._within(b"POST", url, body, headers, timeout_s)
+        return await self._request(b"POST", url, body, headers, timeout_s)
 
-    async def _within(self, method: bytes, url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._request(method, url, body, headers)
-        except TimeoutError:
-            raise TimedOut(f"{url}: no answer within {timeout_s:.3f} s") from None
-
-    async def _request(self, method: bytes, url: str, body: bytes, headers: Mapping[str, str]) -> HttpAnswer:
+    async def _request(self, method: bytes, url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
         host, port, target = self._target(url)
         lines = b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in headers.items())
         request = b"%b %b%bcontent-length: %d\r\n\r\n%b" % (method, target, lines, len(body), body)
+        due = time.monotonic() + timeout_s
         while True:
-            connection, reused = await self._connect(host, port)
+            connection, reused = await self._connect(host, port, timeout_s)
             try:
-                answer = await connection.exchange(request)
+                answer = await connection.exchange(request, max(due - time.monotonic(), 0.0))
+            except TimeoutError:
+                raise TimedOut(f"{url}: no answer within {timeout_s:.3f} s") from None
             except ConnectionError as error:
                 # The server may close an idle connection at the moment we use it; the request was not read then, and a
                 # fresh connection tells whether the server is there at all.
@@ -118,7 +114,7 @@ class Transport:
             self._targets[url] = known
         return known
 
-    async def _connect(self, host: str, port: int) -> tuple[_Connection, bool]:
+    async def _connect(self, host: str, port: int, timeout_s: float) -> tuple[_Connection, bool]:
         idle = self._idle[host, port]
         oldest = time.monotonic() - IDLE_S
         while idle:
@@ -127,10 +123,12 @@ class Transport:
                 return connection, True
             connection.close()
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(min(timeout_s, CONNECT_TIMEOUT_S)):
                 loop = asyncio.get_running_loop()
                 _, connection = await loop.create_connection(lambda: _Connection(self._open), host, port)
         except TimeoutError:
+            if timeout_s < CONNECT_TIMEOUT_S:
+                raise TimedOut(f"{host}:{port}: no connection within {timeout_s:.3f} s") from None
             raise Unreachable(f"{host}:{port}: no connection within {CONNECT_TIMEOUT_S} s") from None
         except OSError as error:
             raise Unreachable(f"{host}:{port}: {error}") from None
@@ -161,17 +159,28 @@ class _Connection(asyncio.Protocol):
         self._chunks: list[bytes] = []
         self._size = 0
 
-    async def exchange(self, request: bytes) -> HttpAnswer:
-        """Send the request and wait for its answer; raises ConnectionError when the connection breaks first."""
+    async def exchange(self, request: bytes, timeout_s: float) -> HttpAnswer:
+        """Send the request and wait for its answer.
+
+        Raises:
+            ConnectionError: the connection broke first.
+            TimeoutError: the time passed first.
+        """
         if self._transport is None or self._transport.is_closing():
             self.usable = False
             raise ConnectionResetError("the connection was closed")
         self.usable = self.heard = False
         self._headers, self._chunks, self._size = {}, [], 0
         self._parser = httptools.HttpResponseParser(self)
-        self._answer = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._answer = loop.create_future()
+        # One timer, where asyncio.timeout would cancel the task and sort out afterwards who did it.
+        timer = loop.call_later(timeout_s, self._expire)
         self._transport.write(request)
-        return await self._answer
+        try:
+            return await self._answer
+        finally:
+            timer.cancel()
 
     def close(self) -> None:
         """Close at once; an answer still awaited becomes a ConnectionError."""
@@ -195,6 +204,10 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._registry.discard(self)
         self._break(ConnectionResetError(str(error) if error else "the server closed the connection"))
+
+    def _expire(self) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(TimeoutError())
 
     def _break(self, error: ConnectionError) -> None:
         self.close()

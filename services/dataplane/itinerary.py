@@ -75,7 +75,7 @@ def from_parameter(value: Any) -> tuple[Hop, ...]:
 
 def _hop(entry: Any) -> Hop:
     take, keep, candidates, reserve_s = entry["take"], entry["keep"], entry["candidates"], entry["reserve_s"]
-    if not (isinstance(take, dict) and isinstance(keep, list) and isinstance(candidates, list)):
+    if not (isinstance(take, dict) and all(isinstance(each, list) for each in (keep, candidates, *candidates))):
         raise TypeError
     pairs = [(replica, url) for replica, url in candidates]
     texts = (entry["step"], entry["service"], *take.values(), *keep, *(text for pair in pairs for text in pair))

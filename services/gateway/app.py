@@ -10,10 +10,9 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
-from starlette.routing import Route
 
 from services import exposition, oip
-from services.asgi import Endpoint
+from services.asgi import Endpoint, Front
 from services.dataplane.errors import NotFound
 from services.dataplane.routing import RouteBook
 from services.dataplane.wire import Limits
@@ -92,23 +91,19 @@ class Gateway:
         return self._service.plan(model, version or VERSION)
 
 
-def build(gateway: Gateway) -> FastAPI:
+def build(gateway: Gateway) -> Front:
     """The app of one gateway."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with gateway.running() as service:
-            infer = Endpoint(service.infer)
             openai = OpenAI(service, gateway.limits)
-            app.router.routes[:0] = [
-                Route("/v2/models/{model}/infer", infer, methods=["POST"]),
-                Route("/v2/models/{model}/versions/{version}/infer", infer, methods=["POST"]),
-                Route("/v1/embeddings", Endpoint(openai.embeddings, error_shape), methods=["POST"]),
-            ]
+            front.open(Endpoint(service.infer), {"/v1/embeddings": Endpoint(openai.embeddings, error_shape)})
             app.add_api_route("/v1/models", openai.models, methods=["GET"])
             yield
 
     app = FastAPI(title="Espalier gateway", lifespan=lifespan)
+    front = Front(app)
     oip.add_error_shape(app)
     oip.add_server_routes(app, lambda: gateway.ready)
 
@@ -139,4 +134,4 @@ def build(gateway: Gateway) -> FastAPI:
     def metrics() -> Response:
         return Response(gateway.metrics.exposition(), media_type=exposition.MEDIA_TYPE)
 
-    return app
+    return front

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +165,7 @@ class GatewayService:
 
 def request_id(headers: Mapping[str, str]) -> str:
     """The client's `X-Request-ID`, or a new one."""
-    return headers.get("x-request-id") or uuid.uuid4().hex
+    return headers.get("x-request-id") or f"{random.getrandbits(128):032x}"
 
 
 def trace_of(headers: Mapping[str, str]) -> dict[str, str]:

@@ -1,22 +1,22 @@
 """The stage's FastAPI app: the Open Inference Protocol's routes around one `StageService`.
 
-`/infer` is a plain ASGI route (see `services.asgi`); the rest are FastAPI's own and documented at /docs.
+Inference goes by `services.asgi.Front`; the rest are FastAPI's own and documented at /docs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
-from starlette.routing import Route
 
 from models.manifest import Manifest, StageSpec
 from services import exposition, oip
-from services.asgi import Endpoint
+from services.asgi import Endpoint, Front
 from services.dataplane.errors import NotFound
 from services.dataplane.routing import RetryBudget, RouteBook
 from services.dataplane.service_time import ServiceEstimate
@@ -81,11 +81,10 @@ class Replica:
             service = StageService(
                 self.spec, self._identity, worker, forwarder, self.metrics, limits=self._limits, max_in_flight=in_flight
             )
-            loop = asyncio.get_running_loop()
             self.metrics.watch(
                 queue_length=lambda: len(worker.queue),
                 in_flight=lambda: service.in_flight,
-                wait=lambda: worker.expected_wait_s(loop.time()),
+                wait=lambda: worker.expected_wait_s(time.monotonic()),
             )
             self._service = service
             try:
@@ -131,20 +130,17 @@ class Replica:
             )
 
 
-def build(replica: Replica) -> FastAPI:
+def build(replica: Replica) -> Front:
     """The app of one replica."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with replica.running() as service:
-            infer = Endpoint(service.infer)
-            app.router.routes[:0] = [
-                Route("/v2/models/{model}/infer", infer, methods=["POST"]),
-                Route("/v2/models/{model}/versions/{version}/infer", infer, methods=["POST"]),
-            ]
+            front.open(Endpoint(service.infer))
             yield
 
     app = FastAPI(title=f"Espalier stage {replica.spec.name}", lifespan=lifespan)
+    front = Front(app)
     oip.add_error_shape(app)
     oip.add_server_routes(app, lambda: replica.ready)
 
@@ -164,4 +160,4 @@ def build(replica: Replica) -> FastAPI:
     def metrics() -> Response:
         return Response(replica.metrics.exposition(), media_type=exposition.MEDIA_TYPE)
 
-    return app
+    return front

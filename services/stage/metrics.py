@@ -46,6 +46,8 @@ class StageMetrics:
         self._requests = Counter(
             "espalier_stage_requests", "Requests by how they ended here.", (*LABELS, "outcome"), registry=self._registry
         )
+        self._ended: dict[str, Counter] = {}
+        """Looked up once per outcome: finding the labels costs more than counting."""
         self._drops = Counter(
             "espalier_stage_dropped", "Tasks dropped before any work.", (*LABELS, "reason"), registry=self._registry
         )
@@ -58,7 +60,10 @@ class StageMetrics:
 
     def ended(self, outcome: str) -> None:
         """Count a request: `ok`, or the reason it failed."""
-        self._requests.labels(*self._labels, outcome).inc()
+        counter = self._ended.get(outcome)
+        if counter is None:
+            counter = self._ended[outcome] = self._requests.labels(*self._labels, outcome)
+        counter.inc()
 
     def dropped(self, reason: str) -> None:
         """Count a task dropped before any work."""
