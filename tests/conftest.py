@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# An example that takes long on a busy machine is no finding.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 MINILM = Path(__file__).parents[1] / "out" / "models" / "minilm"
 """Where `make demo` puts it too, so one export serves both."""

@@ -1,0 +1,208 @@
+"""Command line of this folder: `python -m models export | verify | profile`; `espalier` hands its commands of these names on.
+
+Progress and tables go to stderr; with `-o json` the result goes to stdout as JSON. Exit status: 0 ok, 1 an objective was missed
+(verify over its tolerance), 2 bad usage (no such checkpoint, no such export), 3 set-up failed (disk, exporter, measuring
+process), 130 interrupted. Commands import what they need when they run, so that an export that is up to date says so at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import orjson
+from rich.console import Console
+from rich.table import Table
+
+from models.errors import CheckpointError, ModelsError
+from models.manifest import ManifestError
+
+if TYPE_CHECKING:
+    from models.export import Weights
+    from models.manifest import Manifest, Precision
+    from models.verify import Verdict
+
+OK, MISSED, BAD_USAGE, SETUP_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+_stderr = Console(stderr=True, highlight=False)
+_directory = click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+_output = click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="What goes to stdout."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        status: int = _commands.main(arguments, prog_name="python -m models", standalone_mode=False) or OK
+    except click.exceptions.Abort:
+        _stderr.print("interrupted")
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return BAD_USAGE
+    except (ManifestError, ModelsError) as error:
+        _stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return BAD_USAGE if isinstance(error, ManifestError | CheckpointError) else SETUP_FAILED
+    return status
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+def _commands() -> None:
+    """Cut a Hugging Face model into ONNX stages, verify them against the whole model, and profile them on this machine."""
+
+
+@_commands.command()
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Directory to write.")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["float32", "int8"]),
+    default=["float32"],
+    show_default=True,
+    help="Once per precision wanted.",
+)
+@click.option(
+    "--opset", type=click.IntRange(20, 23), default=23, show_default=True, help="ONNX operator set; 20 for old runtimes."
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["trained", "seeded"]),
+    default="trained",
+    show_default=True,
+    help="Say `seeded` of a checkpoint whose weights are random; files do not tell.",
+)
+@click.option("--force", is_flag=True, help="Export even where nothing has changed.")
+@_output
+def export(
+    *, source: str, out: Path, precisions: tuple[Precision, ...], opset: int, weights: Weights, force: bool, output: str
+) -> int:
+    """Export SOURCE as stages with a manifest.
+
+    SOURCE is a name from the catalogue (minilm), a directory written by save_pretrained, or a hub id. An export that is up to
+    date is left as it is.
+    """
+    from models import export as exporting  # noqa: PLC0415
+
+    began = time.perf_counter()
+    wanted = exporting.Wanted(precisions, opset, weights, force)
+    with _stderr.status(f"looking at {source}") as status:
+        result = exporting.export(source, out, wanted, status.update)
+    seconds = time.perf_counter() - began
+    state = f"exported in {seconds:.1f} s" if result.written else "up to date"
+    _stderr.print(f"{out}: {result.manifest.model} from {result.manifest.source}: {state}", markup=False, soft_wrap=True)
+    _stderr.print(_stages_table(result.manifest))
+    if output == "json":
+        _print_json({"directory": str(out), "written": result.written, "seconds": seconds, "manifest": _dump(result.manifest)})
+    return OK
+
+
+@_commands.command()
+@_directory
+@click.argument("source")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random texts.")
+@_output
+def verify(*, directory: Path, source: str, seed: int, output: str) -> int:
+    """Compare the stages in DIRECTORY with the whole PyTorch model of SOURCE; exit status 1 if they differ by too much."""
+    from models import verify as verifying  # noqa: PLC0415
+
+    with _stderr.status(f"looking at {directory}") as status:
+        verdict = verifying.verify(directory, source, seed, status.update)
+    if verdict.reference != verdict.manifest.source:
+        _stderr.print(f"note: exported from {verdict.manifest.source}, compared with {verdict.reference}", soft_wrap=True)
+    _stderr.print(_verdict_table(verdict))
+    if output == "json":
+        figures = [{**dataclasses.asdict(figure), "ok": figure.ok} for figure in verdict.figures]
+        _print_json(
+            {
+                "model": verdict.manifest.model,
+                "source": verdict.manifest.source,
+                "reference": verdict.reference,
+                "ok": verdict.ok,
+                "texts": verdict.texts,
+                "batches": verdict.batches,
+                "seed": seed,
+                "figures": figures,
+            }
+        )
+    return OK if verdict.ok else MISSED
+
+
+@_commands.command()
+@_directory
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Intra-op threads of the replica.")
+@click.option("--repeats", type=click.IntRange(min=1), help="Rounds over all points; 5, or 3 with --quick.")
+@click.option("--quick", is_flag=True, help="Fewer batch sizes and lengths.")
+@_output
+def profile(*, directory: Path, threads: int, repeats: int | None, quick: bool, output: str) -> int:
+    """Measure service time, memory and load time of the ONNX stages in DIRECTORY, and write them into its manifest."""
+    from models import profile as profiling  # noqa: PLC0415
+
+    grid = profiling.QUICK if quick else profiling.Grid()
+    grid = dataclasses.replace(grid, threads=threads, rounds=repeats or grid.rounds)
+    with _stderr.status(f"looking at {directory}") as status:
+        manifest = profiling.profile(directory, grid, status.update)
+    for table in _profile_tables(manifest):
+        _stderr.print(table)
+    if output == "json":
+        profiles = {stage.name: _dump(stage)["profile"] for stage in manifest.stages if stage.profile}
+        _print_json({"model": manifest.model, "stages": profiles})
+    return OK
+
+
+def _dump(document: Any) -> Any:
+    return document.model_dump(mode="json")
+
+
+def _print_json(document: Any) -> None:
+    """One JSON document on stdout; orjson writes NaN and infinity as null, which is JSON."""
+    click.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
+
+
+def _stages_table(manifest: Manifest) -> Table:
+    table = Table("stage", "tier", "processor", "inputs", "outputs", "files [MB]")
+    for stage in manifest.stages:
+        sizes = [f"{p} {sum(f.size_bytes for f in files) / 1e6:.1f}" for p, files in stage.files.items() if files]
+        names = [", ".join(tensor.name for tensor in side) for side in (stage.inputs, stage.outputs)]
+        table.add_row(stage.name, stage.tier, stage.processor, *names, ", ".join(sizes) or "none")
+    return table
+
+
+def _verdict_table(verdict: Verdict) -> Table:
+    table = Table(
+        "precision", "what", "worst", "mean", "tolerance", "", title=f"{verdict.texts} texts in {verdict.batches} batches"
+    )
+    for figure in verdict.figures:
+        numbers = (f"{figure.value:.3g}", f"{figure.mean:.3g}", f"{figure.tolerance:.3g}")
+        table.add_row(figure.precision, figure.what, *numbers, "ok" if figure.ok else "[red]missed")
+    return table
+
+
+def _profile_tables(manifest: Manifest) -> list[Table]:
+    tables = []
+    for stage in manifest.stages:
+        for precision, found in stage.profile.items():
+            table = Table("batch", "length", "mean [ms]", "p50 [ms]", "p95 [ms]", "p99 [ms]", "law [ms]", "samples")
+            table.title = f"{stage.name} {precision}, {found.threads} thread(s), {found.cpu}"
+            law = found.law
+            line = f"t(u) = {law.base_s * 1e3:.3f} ms + {law.per_unit_s * 1e6:.1f} µs u, tail ×{law.tail_ratio:.2f}"
+            table.caption = f"{line}; resident {found.resident_bytes / 1e6:.0f} MB, load {found.load_s:.2f} s"
+            if found.disturbed_runs:
+                table.caption += f"; {found.disturbed_runs} disturbed runs left out"
+            for point in found.points:
+                predicted = law.mean_s(point.batch * point.length)
+                times = (point.mean_s, point.p50_s, point.p95_s, point.p99_s, predicted)
+                table.add_row(str(point.batch), str(point.length), *(f"{t * 1e3:.2f}" for t in times), str(point.samples))
+            tables.append(table)
+    return tables
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Writes a checkpoint as ONNX stages with a manifest, and decides whether there is anything to write.
+
+What an unchanged export rests on (source, versions, opset, this exporter's own code, files) is in the manifest, so finding out
+that nothing is to be done needs neither torch nor transformers. How the files get into the directory is `models.directory`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from models import adapters, directory, onnx_files
+from models.adapters.piece import Cut, Graph, Piece
+from models.checkpoint import Checkpoint, resolve
+from models.directory import Report
+from models.errors import ExportFailed
+from models.manifest import (
+    ITEM_BYTES,
+    Manifest,
+    ManifestError,
+    ModelFile,
+    Precision,
+    StageSpec,
+    TensorSpec,
+    check_files,
+    describe,
+    load,
+)
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Weights = Literal["trained", "seeded"]
+
+_LIBRARIES = ("onnx", "onnxruntime", "onnxscript", "tokenizers", "torch", "transformers")
+_SPARE_BYTES = 32 << 20
+_DISK_PER_WEIGHT_BYTE: Mapping[Precision, float] = {"float32": 1.1, "int8": 2.0}
+"""Disk needed while exporting, per byte of the weights in float32. The quantiser keeps a second float32 copy for a while."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export came to."""
+
+    manifest: Manifest
+    directory: Path
+    written: bool
+    """False where what was there is up to date."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks for."""
+
+    precisions: tuple[Precision, ...] = ("float32",)
+    opset: int = onnx_files.DEFAULT_OPSET
+    weights: Weights = "trained"
+    force: bool = False
+    """Write even where nothing has changed."""
+
+
+def export(source: str, out: Path, wanted: Wanted, report: Report = lambda _: None) -> Exported:
+    """Make the directory `out` hold the stages of a checkpoint.
+
+    Precisions that an otherwise unchanged export already holds are kept, so asking for one more takes nothing away.
+
+    Args:
+        source: As `checkpoint.resolve` takes it.
+        out: Made where it is missing. Files in it that are not an export's are left alone.
+        wanted: Precisions, opset, and so on.
+        report: Told in a few words what is being done.
+
+    Raises:
+        CheckpointError: the source cannot be read, or has no adapter.
+        NotEnoughSpace: the disk is too full.
+        ExportFailed: the exporter broke down, or the directory cannot be written.
+    """
+    checkpoint = resolve(source)
+    if out.resolve() == checkpoint.directory:
+        raise ExportFailed(f"{out}: is the checkpoint itself; name another directory with --out")
+    adapter = adapters.adapter_for(checkpoint)
+    with directory.locked(out, report):
+        there = unchanged(out, checkpoint, wanted)
+        held = exported_precisions(there) if there is not None else set()
+        if there is not None and not wanted.force and held.issuperset(wanted.precisions):
+            return Exported(there, out, written=False)
+        precisions = tuple(p for p in PRECISIONS if p in held.union(wanted.precisions))
+        directory.check_space(out, needed_bytes(checkpoint.float32_bytes, precisions))
+        report(f"loading {checkpoint.source}")
+        cut = adapter(checkpoint)
+        with directory.scratch(out) as scratch:
+            stages = _Writer(cut, precisions, wanted.opset, scratch, report).stages()
+            manifest = _manifest(checkpoint, cut, wanted, precisions, stages)
+            directory.replace(manifest, scratch, out)
+    return Exported(manifest, out, written=True)
+
+
+def unchanged(out: Path, checkpoint: Checkpoint, wanted: Wanted) -> Manifest | None:
+    """The manifest there, if a new export would come out the same (but perhaps for further precisions)."""
+    try:
+        manifest = load(out)
+        for stage in manifest.stages:
+            for precision in stage.files:
+                check_files(stage, precision, out)
+    except ManifestError:
+        return None
+    same = (
+        manifest.source == checkpoint.source
+        and manifest.model == checkpoint.name
+        and manifest.weights == wanted.weights
+        and manifest.versions == versions(wanted.opset)
+    )
+    return manifest if same else None
+
+
+def versions(opset: int) -> dict[str, str]:
+    """What decides the bytes of an export besides the checkpoint: libraries, operator set, and this exporter's own code."""
+    found = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {**found, "opset": str(opset), "exporter": _own_code()}
+
+
+def exported_precisions(manifest: Manifest) -> set[Precision]:
+    """Precisions in which the model can be served: those of its ONNX stages."""
+    return {precision for stage in manifest.stages if stage.processor == "onnx" for precision in stage.files}
+
+
+def needed_bytes(float32_bytes: int, precisions: Sequence[Precision]) -> int:
+    """Disk space an export takes while it runs [bytes]."""
+    return int(float32_bytes * sum(_DISK_PER_WEIGHT_BYTE[p] for p in {"float32", *precisions})) + _SPARE_BYTES
+
+
+def _own_code() -> str:
+    """Fingerprint of the code that shapes an export, so that changing it makes old exports stale."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in (here / "export.py", here / "onnx_files.py", here / "sentence.py", *sorted((here / "adapters").glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _manifest(
+    checkpoint: Checkpoint, cut: Cut, wanted: Wanted, precisions: Sequence[Precision], stages: tuple[StageSpec, ...]
+) -> Manifest:
+    return Manifest(
+        model=checkpoint.name,
+        source=checkpoint.source,
+        architecture=cut.architecture,
+        weights=wanted.weights,
+        typical_length=cut.typical_length,
+        versions=versions(wanted.opset),
+        tolerances={p: cut.tolerances[p] for p in precisions},
+        stages=stages,
+    )
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the pieces of one cut into a folder."""
+
+    cut: Cut
+    precisions: Sequence[Precision]
+    opset: int
+    folder: Path
+    report: Report
+
+    def stages(self) -> tuple[StageSpec, ...]:
+        """Every stage of the cut, its files written and described."""
+        return tuple(self._stage(piece) for piece in self.cut.pieces)
+
+    def _stage(self, piece: Piece) -> StageSpec:
+        files = self._assets(piece.assets) if piece.graph is None else self._graph(piece.spec, piece.graph)
+        sizes = {
+            "inputs": tuple(_sized(tensor, self.cut) for tensor in piece.spec.inputs),
+            "outputs": tuple(_sized(tensor, self.cut) for tensor in piece.spec.outputs),
+        }
+        return piece.spec.model_copy(update={"files": files, **sizes})
+
+    def _assets(self, assets: Mapping[str, bytes]) -> dict[Precision, tuple[ModelFile, ...]]:
+        for name, content in assets.items():
+            (self.folder / name).write_bytes(content)
+        return {"float32": tuple(describe(self.folder / name, self.folder) for name in assets)}
+
+    def _graph(self, spec: StageSpec, graph: Graph) -> dict[Precision, tuple[ModelFile, ...]]:
+        """Write a stage's ONNX files; float32 is made in any case, because int8 is made from it."""
+        self.report(f"exporting {spec.name} as float32")
+        written: dict[Precision, tuple[Path, ...]] = {
+            "float32": onnx_files.write_float32(spec, graph, self.opset, self.folder / f"{spec.name}.float32.onnx")
+        }
+        if "int8" in self.precisions:
+            self.report(f"quantising {spec.name} to int8")
+            written["int8"] = onnx_files.write_int8(written["float32"][0], self.folder / f"{spec.name}.int8.onnx")
+        if "float32" not in self.precisions:
+            for path in written["float32"]:
+                path.unlink()
+        return {p: tuple(describe(path, self.folder) for path in written[p]) for p in self.precisions}
+
+
+def _sized(tensor: TensorSpec, cut: Cut) -> TensorSpec:
+    """The tensor with `bytes_per_item` at the model's typical lengths."""
+    size = cut.bytes_per_element[tensor.name] if tensor.datatype == "BYTES" else ITEM_BYTES[tensor.datatype]
+    for axis in tensor.shape:
+        size *= axis if isinstance(axis, int) else cut.typical_length.get(axis, 1)
+    return tensor.model_copy(update={"bytes_per_item": size})

@@ -1,0 +1,46 @@
+"""The one door to ONNX Runtime in this folder, for verifying and measuring. Serving has its own, in `services/stage`.
+
+It imports nothing of the project but the errors, so that a process that measures memory carries little else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from models.errors import StageBroken
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Session:
+    """An ONNX file ready to run on the CPU."""
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads  # left alone, the runtime counts the host's cores, not the container's quota
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning halves the speed of a busy machine
+        options.enable_cpu_mem_arena = False  # batches vary in shape; the arena would keep the largest of each
+        options.log_severity_level = 4  # an error is raised; printing it as well would only repeat it
+        self._path = path
+        try:
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime's exceptions share no public base class
+            raise StageBroken(f"{path.name}: cannot be opened: {error}") from error
+
+    def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        """The outputs, in the file's order.
+
+        Raises:
+            StageBroken: the runtime refuses the inputs, or fails.
+        """
+        try:
+            outputs: Sequence[Array] = self._session.run(None, dict(inputs))
+        except Exception as error:  # as above
+            raise StageBroken(f"{self._path.name}: cannot be run: {error}") from error
+        return outputs
