@@ -93,6 +93,36 @@ class ServiceLaw(_Document):
     per_unit_s: float = Field(ge=0)
     tail_ratio: float = Field(ge=1)
 
+    @classmethod
+    def fit(cls, points: Sequence[tuple[float, float, float]]) -> ServiceLaw:
+        """The law that fits best: least sum of ((t(u_i) - t_i) / t_i)^2 with neither coefficient negative.
+
+        Args:
+            points: triples of size u_i [units], mean time t_i [s] and its 95 % quantile [s], all > 0. With a single size the
+                slope takes all of the time, which extrapolates to larger batches on the safe side.
+
+        Raises:
+            ValueError: no points.
+        """
+        if not points:
+            raise ValueError("no points to fit a service law to")
+        weights = [1 / mean**2 for _, mean, _ in points]
+        total = sum(weights)
+        centre_u = sum(w * u for w, (u, _, _) in zip(weights, points, strict=True)) / total
+        centre_t = sum(w * t for w, (_, t, _) in zip(weights, points, strict=True)) / total
+        spread = sum(w * (u - centre_u) ** 2 for w, (u, _, _) in zip(weights, points, strict=True))
+        shared = sum(w * (u - centre_u) * (t - centre_t) for w, (u, t, _) in zip(weights, points, strict=True))
+        # Rounding leaves points of one size a little spread, and no slope can be read from that.
+        apart = spread > 1e-12 * total * centre_u**2
+        slope = max(shared / spread, 0.0) if apart else 0.0
+        base = centre_t - slope * centre_u
+        if base < 0 or not apart:
+            base = 0.0
+            slope = sum(w * u * t for w, (u, t, _) in zip(weights, points, strict=True))
+            slope /= sum(w * u * u for w, (u, _, _) in zip(weights, points, strict=True))
+        worst = max(tail / (base + slope * u) for u, _, tail in points)
+        return cls(base_s=base, per_unit_s=slope, tail_ratio=max(1.0, worst))
+
     def mean_s(self, units: float) -> float:
         """Expected service time [s] of a batch of `units`."""
         return self.base_s + self.per_unit_s * units
@@ -140,8 +170,14 @@ class StageSpec(_Document):
             names = [tensor.name for tensor in tensors]
             if len(set(names)) != len(names):
                 raise ValueError(f"stage {self.name!r} has two {side} of the same name: {names}")
-        if self.max_batch > 1 and any(tensor.batch_axis is None for tensor in (*self.inputs, *self.outputs)):
-            raise ValueError(f"stage {self.name!r} has max_batch {self.max_batch}, but a tensor without a batch axis")
+        if self.max_batch > 1:
+            if any(tensor.batch_axis is None for tensor in (*self.inputs, *self.outputs)):
+                raise ValueError(f"stage {self.name!r} has max_batch {self.max_batch}, but a tensor without a batch axis")
+            known = {axis for tensor in self.inputs for axis in tensor.shape}
+            for axis in (axis for tensor in self.outputs for axis in tensor.shape if isinstance(axis, str)):
+                if axis not in known:
+                    # A batch's outputs could not be cut apart: nobody knows each task's length along this axis.
+                    raise ValueError(f"stage {self.name!r} has max_batch {self.max_batch}, but no input has axis {axis!r}")
         return self
 
     def units(self, shape: Sequence[int]) -> int:

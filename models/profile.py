@@ -35,7 +35,6 @@ from models.manifest import (
     save,
 )
 from models.measure import Input, Job, Measurement, Run
-from models.session import Array
 
 _DTYPES: Mapping[Datatype, str] = {
     "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8",
@@ -88,22 +87,6 @@ def profile(out: Path, grid: Grid, report: Report = lambda _: None) -> Manifest:
     return profiled
 
 
-def fit(points: Sequence[tuple[int, float, float]]) -> ServiceLaw:
-    """The straight line t(u) = base + per_unit u that fits best, with neither coefficient negative.
-
-    Minimises the sum over points of ((t(u_i) - t_i) / t_i)^2, so that short and long batches count alike.
-
-    Args:
-        points: Triples (u_i [units], mean time t_i [s], 95 % quantile [s]); u_i >= 1, times > 0. With a single size u the slope
-            takes all of the time, which extrapolates to larger batches on the safe side.
-    """
-    units, mean_s, p95_s = np.array(points, np.float64).T
-    base_s, per_unit_s = _line(units, mean_s)
-    return ServiceLaw(
-        base_s=base_s, per_unit_s=per_unit_s, tail_ratio=max(1.0, float((p95_s / (base_s + per_unit_s * units)).max()))
-    )
-
-
 def undisturbed(runs: Sequence[Run]) -> list[float]:
     """Durations [s] of the runs that had the CPU to themselves; where none had, of the least disturbed.
 
@@ -112,18 +95,6 @@ def undisturbed(runs: Sequence[Run]) -> list[float]:
     """
     alone = [run.wall_s for run in runs if run.cpu_s >= CPU_SHARE * run.wall_s]
     return alone or [max(runs, key=lambda run: run.cpu_s / run.wall_s).wall_s]
-
-
-def _line(units: Array, mean_s: Array) -> tuple[float, float]:
-    """Weighted least squares in two unknowns; where one comes out negative, the best with that one at zero."""
-    columns = np.stack([1 / mean_s, units / mean_s], axis=1)
-    if np.ptp(units) > 0:
-        base_s, per_unit_s = np.linalg.lstsq(columns, np.ones_like(units), rcond=None)[0]
-        if base_s >= 0 and per_unit_s >= 0:
-            return float(base_s), float(per_unit_s)
-        if per_unit_s < 0:
-            return float(columns[:, 0].sum() / (columns[:, 0] ** 2).sum()), 0.0
-    return 0.0, float(columns[:, 1].sum() / (columns[:, 1] ** 2).sum())
 
 
 def _longest(manifest: Manifest) -> int | None:
@@ -161,7 +132,7 @@ def _measure(stage: StageSpec, path: Path, points: Sequence[tuple[int, int]], gr
     sizes = [stage.units(inputs[0].size(*point)) for point in points]
     return StageProfile(
         points=tuple(found),
-        law=fit([(size, each.mean_s, each.p95_s) for size, each in zip(sizes, found, strict=True)]),
+        law=ServiceLaw.fit([(size, each.mean_s, each.p95_s) for size, each in zip(sizes, found, strict=True)]),
         resident_bytes=measurement.resident_bytes,
         load_s=measurement.load_s,
         disturbed_runs=sum(map(len, measurement.runs)) - sum(map(len, kept)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from services.dataplane import errors
+from services.dataplane import errors, itinerary
 from services.dataplane.errors import Expired, NoReplica, UpstreamFailed
 from services.dataplane.itinerary import Candidate
 from services.dataplane.routing import RetryBudget, RouteBook
@@ -101,9 +101,14 @@ def _refusal(answer: HttpAnswer, service: str) -> errors.TaskError:
     except orjson.JSONDecodeError:
         body = {}
     after = answer.headers.get("retry-after", "")
-    return errors.from_answer(
+    error = errors.from_answer(
         answer.status,
         body if isinstance(body, dict) else {},
         stage=service,
         retry_after_s=float(after) if after.isdecimal() else None,
     )
+    try:
+        error.hops = itinerary.reports(error.hops)
+    except ValueError:
+        error.hops = []  # not one of our stages, or a broken one: what it says of hops is no news
+    return error

@@ -126,6 +126,8 @@ def next_batch(
         if now + estimate.tail_s(first.units) <= first.due:
             return [first, *_companions(queue, first, now, estimate, max_items)], doomed
         doomed.append(first)
+        if now < first.due:
+            estimate.doubt()
     return [], doomed
 
 

@@ -17,6 +17,7 @@ PARAMETER = "itinerary"
 HOPS = "hops"
 """Parameter of an answer (and field of an error) that lists what each hop measured, first hop first."""
 MAX_HOPS = 32
+REPORTED_TIMES = ("wait_s", "queue_s", "compute_s", "transfer_s", "total_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +93,21 @@ def _hop(entry: Any) -> Hop:
         keep=tuple(keep),
         reserve_s=float(reserve_s),
     )
+
+
+def reports(value: Any) -> list[dict[str, Any]]:
+    """What the hops of a chain measured, as an answer or an error carries it.
+
+    Raises:
+        ValueError: it is not a list of objects that each name their replica and tell times as numbers.
+    """
+    if not isinstance(value, list):
+        raise ValueError("the hops' reports are not a list")
+    for report in value:
+        if not isinstance(report, dict) or not isinstance(report.get("replica"), str):
+            raise ValueError("a hop's report names no replica")
+        for key in REPORTED_TIMES:
+            seconds = report.get(key, 0.0)
+            if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+                raise ValueError(f"a hop's report tells {key} as {str(seconds)[:40]!r}")
+    return value

@@ -337,7 +337,11 @@ def _requested(outputs: Any, default: bool) -> tuple[tuple[str, ...] | None, boo
         name = _object(entry, where).get("name")
         if not isinstance(name, str) or not name:
             raise BadRequest(f"{where}.name must be a non-empty string")
-        wanted = _object(entry.get("parameters"), f"{where}.parameters").get("binary_data", default)
+        options = _object(entry.get("parameters"), f"{where}.parameters")
+        for unknown in options.keys() - {"binary_data"}:
+            # Ignoring one would answer something else than what was asked for: classification, shared memory.
+            raise BadRequest(f"{where}.parameters.{shown(unknown)} is not supported; only binary_data is")
+        wanted = options.get("binary_data", default)
         binary[name] = _boolean(wanted, f"{where}.parameters.binary_data")
     return (tuple(binary) if binary else None), (binary if binary else default)
 

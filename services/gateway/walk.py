@@ -13,7 +13,7 @@ from typing import Any
 
 from services.dataplane import admission, deadline, itinerary, wire
 from services.dataplane.deadline import Deadline
-from services.dataplane.errors import BadRequest, NoReplica, Overloaded, TaskError, UpstreamFailed
+from services.dataplane.errors import NoReplica, Overloaded, TaskError, UpstreamFailed
 from services.dataplane.itinerary import Hop
 from services.dataplane.pipeline import Segment
 from services.dataplane.routing import RouteBook
@@ -109,25 +109,26 @@ class Walker:
     ) -> Hops:
         """Call one chain, put what it returns into the bag, and give back its hops."""
         tensors = tuple(Tensor(ref, bag[ref].datatype, bag[ref].array) for ref in segment.sends)
-        while True:
-            call = self._call(table, segment, tensors, until, trace, after_s)
-            try:
-                answer = await self._forwarder.post(call)
-            except TaskError as error:
-                self._learn(error.hops, call)
-                # A replica further down died with nobody to take over from there: once more, around the dead.
-                deeper = isinstance(error, UpstreamFailed) and error.stage != call.service
-                if deeper and until.remaining_s(time.monotonic()) > call.least_s and self._forwarder.allow_retry():
-                    continue
+        call = self._call(table, segment, tensors, until, trace, after_s)
+        try:
+            answer = await self._forwarder.post(call)
+        except TaskError as error:
+            self._learn(error.hops, call)
+            # A replica further down died with nobody to take over from there: once more, around the dead.
+            deeper = isinstance(error, UpstreamFailed) and error.stage != call.service
+            if not (deeper and until.remaining_s(time.monotonic()) > call.least_s and self._forwarder.allow_retry()):
                 raise
-            try:
-                message = wire.decode_response(answer.body, answer.headers.get(wire.HEADER_LENGTH), self._limits)
-            except TaskError as error:
-                raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
-            hops: Hops = message.parameters.get(itinerary.HOPS, [])
-            self._learn(hops, call)
-            bag.update((tensor.name, tensor) for tensor in message.tensors)
-            return hops
+            call = self._call(table, segment, tensors, until, trace, after_s)
+            answer = await self._forwarder.post(call)
+        try:
+            message = wire.decode_response(answer.body, answer.headers.get(wire.HEADER_LENGTH), self._limits)
+            hops = itinerary.reports(message.parameters.get(itinerary.HOPS))
+            fresh = {tensor.name: tensor for tensor in message.tensors}
+            bag.update((ref, fresh[ref]) for ref in segment.returns)
+        except (TaskError, ValueError, KeyError) as error:
+            raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
+        self._learn(hops, call)
+        return hops
 
     def _call(
         self,
@@ -199,8 +200,6 @@ class Walker:
         for hop in hops:
             for replica in hop.get("failed", ()):
                 self._book.failed(replica, now)
-            if "replica" not in hop:
-                raise BadRequest("a stage's report names no replica")
             self._book.answered(
                 hop["replica"],
                 now,

@@ -64,7 +64,7 @@ class Replica:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[StageService]:
         """Warm up, start the worker and open the connections; undo it in reverse on the way out."""
-        law = await asyncio.to_thread(warm_up, self.spec, self._processor)
+        law = await asyncio.to_thread(warm_up, self.spec, self._processor, self.model.typical_length)
         worker = Worker(
             self.spec,
             self._processor,

@@ -179,12 +179,12 @@ class StageService:
             raise
 
         def insert(parameters: dict[str, Any]) -> None:
-            further = self._measured(parameters.get(itinerary.HOPS, []), call)
+            further = self._measured(itinerary.reports(parameters.get(itinerary.HOPS)), call)
             parameters[itinerary.HOPS] = [self._report(here, until, result, call.failed), *further]
 
         try:
             encoded, header_length = wire.amend_parameters(answer.body, answer.headers.get(wire.HEADER_LENGTH), insert)
-        except BadRequest as error:
+        except (BadRequest, ValueError) as error:
             raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
         return 200, _content(header_length), encoded
 

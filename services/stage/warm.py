@@ -10,16 +10,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from models.manifest import BATCH_AXIS, ServiceLaw, StageSpec, TensorSpec
-from services.dataplane.service_time import fit_law
 from services.dataplane.wire import DTYPES, Array
 from services.stage.processors import Processor
 
 SHORT, LONG = 8, 64
-"""Lengths of the symbolic axes tried: two points make a line."""
+"""Lengths of the symbolic axes tried, no longer than the model's typical ones: two points make a line."""
 RUNS = 5
 
 
-def warm_up(spec: StageSpec, processor: Processor) -> ServiceLaw:
+def warm_up(spec: StageSpec, processor: Processor, typical_length: Mapping[str, int]) -> ServiceLaw:
     """Run the stage until its times mean something, and fit its law to them.
 
     Two sizes along every symbolic axis but batch, or along batch where there is no other. Medians of a few runs each, after one
@@ -28,7 +27,7 @@ def warm_up(spec: StageSpec, processor: Processor) -> ServiceLaw:
     other = {axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str) and axis != BATCH_AXIS}
     points = []
     for length in (SHORT, LONG):
-        axes = dict.fromkeys(other, length) if other else {BATCH_AXIS: length}
+        axes = {axis: min(length, typical_length.get(axis, length)) for axis in other} or {BATCH_AXIS: length}
         inputs = {tensor.name: _made_up(tensor, axes) for tensor in spec.inputs}
         units = spec.units(inputs[spec.inputs[0].name].shape)
         processor.run(inputs)
@@ -37,8 +36,9 @@ def warm_up(spec: StageSpec, processor: Processor) -> ServiceLaw:
             start = time.perf_counter()
             processor.run(inputs)
             seconds.append(time.perf_counter() - start)
-        points.append((float(units), statistics.median(seconds)))
-    return fit_law(points)
+        usual = statistics.median(seconds)
+        points.append((float(units), usual, usual))
+    return ServiceLaw.fit(points)
 
 
 def _made_up(tensor: TensorSpec, axes: Mapping[str, int]) -> Array:

@@ -126,6 +126,8 @@ class Worker:
     def _inline(self, waiting: Waiting[Work]) -> Result:
         start = time.monotonic()
         if start + self._estimate.tail_s(waiting.units) > waiting.due:
+            if start < waiting.due:
+                self._estimate.doubt()
             raise self._doomed(waiting, start)
         outputs = self._processor.run(waiting.task.inputs)
         seconds = time.monotonic() - start

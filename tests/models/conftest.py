@@ -11,6 +11,8 @@ from models.export import Exported, Wanted, export
 from tests.models import tiny
 
 BOTH = Wanted(precisions=("float32", "int8"), weights="seeded")
+
+
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seeded BertModel checkpoint; not to be changed."""

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from models.errors import ProfileFailed
 from models.export import Exported, export
-from models.manifest import describe, load, save
+from models.manifest import ServiceLaw, describe, load, save
 from models.measure import Input, Job, Run, measure
-from models.profile import Grid, fit, profile, undisturbed
+from models.profile import Grid, profile, undisturbed
 from tests.models.conftest import BOTH
 
 _sizes = st.lists(st.integers(1, 4096), min_size=2, max_size=15, unique=True)
@@ -25,7 +25,7 @@ SMALL = Grid(batches=(1, 2, 64), lengths=(8, 500), rounds=2)
 @given(base_s=st.floats(0, 1), per_unit_s=st.floats(1e-6, 1), sizes=_sizes)
 def test_the_law_recovers_the_line_it_was_given(base_s: float, per_unit_s: float, sizes: list[int]) -> None:
     times = [base_s + per_unit_s * size for size in sizes]
-    law = fit([(size, time, time) for size, time in zip(sizes, times, strict=True)])
+    law = ServiceLaw.fit([(size, time, time) for size, time in zip(sizes, times, strict=True)])
     # The coefficients themselves where the sizes tell them apart; the times they predict always.
     if max(sizes) >= 2 * min(sizes):
         assert law.base_s == pytest.approx(base_s, rel=1e-6, abs=1e-6 * max(times))
@@ -37,7 +37,7 @@ def test_the_law_recovers_the_line_it_was_given(base_s: float, per_unit_s: float
 @given(points=_points)
 def test_no_coefficient_is_negative_and_the_tail_bounds_every_point(points: list[tuple[int, float, float]]) -> None:
     measured = [(size, time, time * ratio) for size, time, ratio in points]
-    law = fit(measured)
+    law = ServiceLaw.fit(measured)
     assert min(law.base_s, law.per_unit_s) >= 0
     assert all(law.tail_s(size) >= p95_s * (1 - 1e-9) for size, _, p95_s in measured)
 
@@ -50,13 +50,13 @@ def test_no_other_non_negative_line_fits_better(points: list[tuple[int, float, f
     def loss(base_s: float, per_unit_s: float) -> float:
         return float((((base_s + per_unit_s * sizes) / times - 1) ** 2).sum())
 
-    law = fit(points)
+    law = ServiceLaw.fit(points)
     other = max(0.0, law.base_s + nudge[0] * times.mean()), max(0.0, law.per_unit_s + nudge[1] * (times / sizes).mean())
     assert loss(law.base_s, law.per_unit_s) <= loss(*other) + 1e-9
 
 
 def test_a_single_size_gives_a_line_through_the_origin() -> None:
-    law = fit([(4, 0.1, 0.2), (4, 0.1, 0.1)])
+    law = ServiceLaw.fit([(4, 0.1, 0.2), (4, 0.1, 0.1)])
     assert (law.base_s, law.per_unit_s, law.tail_ratio) == pytest.approx((0.0, 0.025, 2.0))
 
 
