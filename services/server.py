@@ -7,6 +7,7 @@ answered; once nothing has been in flight for a moment, the sockets close and th
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -19,6 +20,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 QUIET_S = 0.5
 """Nothing in flight for this long ends the drain early."""
 _POLL_S = 0.05
+GC_THRESHOLDS = (20_000, 20, 20)
+"""A request leaves no cycles; collecting after every 700 allocations, Python's default, is a pause in nearly every one."""
 
 
 class Drainable(Protocol):
@@ -143,4 +146,8 @@ def serve(
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(grace_s)),
     )
+    # What is loaded by now stays for good: the collector need not walk it again in the middle of a task.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     DrainingServer(config, application, grace_s).run(sockets=[listener])

@@ -72,11 +72,8 @@ class Segment:
     parents: frozenset[int]
     """Indices of the segments that must have answered first."""
 
-    def carried_after(self, index: int) -> tuple[str, ...]:
-        """References still needed once step `index` is done: by later steps of the chain, or by the gateway."""
-        done = {REQUEST, *(step.id for step in self.steps[: index + 1])}
-        wanted = [ref for step in self.steps[index + 1 :] for ref in step.inputs.values()] + list(self.returns)
-        return tuple(ref for ref in dict.fromkeys(wanted) if ref in self.sends or step_of(ref) in done)
+    keeps: tuple[tuple[str, ...], ...]
+    """For each step, the references still needed once it is done: by later steps of the chain, or by the gateway."""
 
 
 def segments(pipeline: Pipeline) -> tuple[Segment, ...]:
@@ -118,12 +115,21 @@ def _segment(index: int, chain: list[Step], owner: Mapping[str, int], pipeline: 
     taken = [ref for step in chain for ref in step.inputs.values()]
     wanted_elsewhere = [ref for s in pipeline.steps if s.id not in inside for ref in s.inputs.values()]
     wanted = [*wanted_elsewhere, *pipeline.outputs.values()]
+    sends = tuple(dict.fromkeys(ref for ref in taken if step_of(ref) not in inside))
+    returns = tuple(dict.fromkeys(ref for ref in wanted if step_of(ref) in inside))
     return Segment(
         steps=tuple(chain),
-        sends=tuple(dict.fromkeys(ref for ref in taken if step_of(ref) not in inside)),
-        returns=tuple(dict.fromkeys(ref for ref in wanted if step_of(ref) in inside)),
+        sends=sends,
+        returns=returns,
+        keeps=tuple(_kept_after(i, chain, sends, returns) for i in range(len(chain))),
         parents=frozenset(owner[step_of(ref)] for ref in taken if step_of(ref) not in inside | {REQUEST}),
     )
+
+
+def _kept_after(index: int, chain: list[Step], sends: tuple[str, ...], returns: tuple[str, ...]) -> tuple[str, ...]:
+    done = {step.id for step in chain[: index + 1]}
+    wanted = [ref for step in chain[index + 1 :] for ref in step.inputs.values()] + list(returns)
+    return tuple(ref for ref in dict.fromkeys(wanted) if ref in sends or step_of(ref) in done)
 
 
 def topological(steps: tuple[Step, ...]) -> tuple[Step, ...]:

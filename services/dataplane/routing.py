@@ -76,6 +76,8 @@ class RouteBook:
         Ejected replicas are taken only when there are not enough others. Comparing two rather than all keeps callers with the
         same stale news from all running to the same replica.
         """
+        if len(replicas) == 1:
+            return (0,)
         healthy = [i for i, replica in enumerate(replicas) if not self.ejected(replica, now)]
         drawn = rng.sample(healthy, min(MAX_CANDIDATES, len(healthy)))
         pair = sorted(drawn[:2], key=lambda i: self.completion_s(replicas[i], links_s[i], now))

@@ -14,7 +14,7 @@ WINDOW = 64
 """Batches the correction looks back on: a few seconds of load, so that it follows a neighbour taking half of the cores."""
 TAIL = 0.95
 DOUBTS = 16
-"""Tasks dropped in a row after which the estimate is no longer believed in full: more than an overload drops between batches."""
+"""Tasks dropped in a row after which the estimate is believed no more in full; an overload drops fewer between batches."""
 _REFRESH = 8
 """Batches between two looks at the quantile: sorting 64 floats per batch would cost more than a light stage's work."""
 

@@ -32,6 +32,9 @@ class GatewayMetrics:
             registry=self._registry,
         )
         self._duration: Histogram | None = None
+        self._ended: dict[tuple[str, str], Counter] = {}
+        self._observed: dict[tuple[Histogram, str], Histogram] = {}
+        """Both looked up once: finding the labels costs more than counting."""
         self._routes_version = Gauge("espalier_gateway_routes_version", "Routes in use.", registry=self._registry)
 
     def watch(self, *, in_flight: Callable[[], float]) -> None:
@@ -54,10 +57,16 @@ class GatewayMetrics:
 
     def task(self, pipeline: str, outcome: str, duration_s: float, slack_s: float) -> None:
         """Count a task that has ended."""
-        self._outcomes.labels(pipeline, outcome).inc()
-        self._slack.labels(pipeline).observe(slack_s)
-        if self._duration is not None:
-            self._duration.labels(pipeline).observe(duration_s)
+        counter = self._ended.get((pipeline, outcome))
+        if counter is None:
+            counter = self._ended[pipeline, outcome] = self._outcomes.labels(pipeline, outcome)
+        counter.inc()
+        for histogram, seconds in ((self._slack, slack_s), (self._duration, duration_s)):
+            if histogram is not None:
+                observed = self._observed.get((histogram, pipeline))
+                if observed is None:
+                    observed = self._observed[histogram, pipeline] = histogram.labels(pipeline)
+                observed.observe(seconds)
 
     def bad_request(self, reason: str) -> None:
         """Count a request that was refused before it became a task."""

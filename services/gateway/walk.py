@@ -175,7 +175,7 @@ class Walker:
         for index in range(len(segment.steps) - 1, -1, -1):
             step, target = segment.steps[index], table.targets[segment.steps[index].service]
             candidates = tuple(target.candidates[i] for i in chosen[index])
-            hops.append(Hop(step.id, step.service, candidates, step.inputs, segment.carried_after(index), reserve_s))
+            hops.append(Hop(step.id, step.service, candidates, step.inputs, segment.keeps[index], reserve_s))
             view = self._book.view(candidates[0].replica)
             reserve_s += view.service_s + view.transfer_s
         return tuple(reversed(hops))

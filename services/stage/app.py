@@ -75,7 +75,6 @@ class Replica:
             max_batch=self._max_batch,
         )
         async with Transport() as transport:
-            worker.start()
             forwarder = Forwarder(transport, RouteBook(), RetryBudget())
             in_flight = self._queue_capacity * IN_FLIGHT_PER_PLACE
             service = StageService(

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from models.manifest import ManifestError, StageSpec
+from services.dataplane.errors import BadRequest
 from services.dataplane.wire import Array
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
@@ -26,8 +28,11 @@ class Session:
         self._threads = threads
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """One run of the graph over a batch."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        """One run of the graph over a batch; raises BadRequest for values it cannot take, a token it does not know, say."""
+        try:
+            return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        except InvalidArgument as error:
+            raise BadRequest(f"the model cannot take these values: {error}") from None
 
     def describe(self) -> dict[str, Any]:
         """Providers in use and threads per run."""

@@ -44,7 +44,11 @@ class Result:
 
 
 class Worker:
-    """Computes tasks one batch at a time per slot. `start` and `stop` it inside the event loop."""
+    """Computes tasks, one batch at a time per slot. Make it and use it inside the event loop; `stop` it at the end.
+
+    Nothing polls: a task that comes while a slot is free goes to its thread at once, and a thread that is done takes the next
+    batch.
+    """
 
     def __init__(
         self,
@@ -64,22 +68,16 @@ class Worker:
         self._metrics = metrics
         self._slots = slots
         self._max_batch = max_batch
+        self._loop = asyncio.get_running_loop()
         self._executor = ThreadPoolExecutor(slots, thread_name_prefix=spec.name)
-        self._arrival = asyncio.Event()
         self._ends: dict[int, float] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-
-    def start(self) -> None:
-        """Begin to take tasks from the queue."""
-        if not self._processor.inline:
-            self._tasks = [asyncio.ensure_future(self._serve(slot)) for slot in range(self._slots)]
+        """Expected end of each running batch, by the identity of the batch."""
+        self._stopped = False
 
     async def stop(self) -> None:
-        """Stop taking tasks; a batch being computed is finished, whoever still waits is cancelled."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        """Take no more tasks; batches being computed are finished first."""
+        self._stopped = True
+        await asyncio.to_thread(self._executor.shutdown, wait=True)
 
     def expected_wait_s(self, now: float) -> float:
         """Time [s] a task arriving now would wait: what is queued and what is left of the running batches, over the slots."""
@@ -116,7 +114,7 @@ class Worker:
                 retry_after_s=self.expected_wait_s(time.monotonic()),
             )
         self.queue.push(waiting)
-        self._arrival.set()
+        self._dispatch()
         try:
             return await result
         finally:
@@ -134,49 +132,70 @@ class Worker:
         self._estimate.observe(waiting.units, seconds)
         return Result(outputs, start - waiting.enqueued, seconds, waiting.items)
 
-    async def _serve(self, slot: int) -> None:
-        while True:
-            batch, doomed = next_batch(self.queue, time.monotonic(), self._estimate, self._max_batch)
+    def _dispatch(self) -> None:
+        """Give every free slot the next batch."""
+        while len(self._ends) < self._slots and len(self.queue) and not self._stopped:
             now = time.monotonic()
+            batch, doomed = next_batch(self.queue, now, self._estimate, self._max_batch)
             for waiting in doomed:
-                if not waiting.task.result.done():
-                    waiting.task.result.set_exception(self._doomed(waiting, now))
+                _settle(waiting, self._doomed(waiting, now))
             if batch:
-                await self._run(slot, batch)
-            elif not len(self.queue):
-                self._arrival.clear()
-                await self._arrival.wait()
+                self._ends[id(batch)] = now + self._estimate.mean_s(batch_units(batch))
+                self._executor.submit(self._run, batch, now)
 
-    async def _run(self, slot: int, batch: list[Waiting[Work]]) -> None:
-        loop = asyncio.get_running_loop()
+    def _run(self, batch: list[Waiting[Work]], taken: float) -> None:
+        """In a thread: compute a batch and hand the results to the event loop."""
         start = time.monotonic()
-        units = batch_units(batch)
-        self._ends[slot] = start + self._estimate.mean_s(units)
+        outcomes: list[dict[str, Array] | Exception]
         try:
-            outputs, seconds = await loop.run_in_executor(self._executor, self._compute, batch)
-        except Exception as error:  # the batch's tasks are told; the worker goes on to the next batch
-            for waiting in batch:
-                if not waiting.task.result.done():
-                    waiting.task.result.set_exception(error)
-            return
-        finally:
-            del self._ends[slot]
-        self._estimate.observe(units, seconds)
-        items = sum(waiting.items for waiting in batch)
-        self._metrics.batch_size.observe(items)
-        for waiting, own in zip(batch, outputs, strict=True):
-            if not waiting.task.result.done():
-                waiting.task.result.set_result(Result(own, start - waiting.enqueued, seconds, items))
+            outcomes = list(self._compute(batch))
+        except Exception as error:  # the loop is told, whatever it was; the thread goes on to the next batch
+            outcomes = [error] if len(batch) == 1 else [self._alone(waiting) for waiting in batch]
+        seconds = time.monotonic() - start
+        # The loop is closed only after `stop`, which waits for this thread.
+        self._loop.call_soon_threadsafe(self._done, batch, taken, seconds, outcomes)
 
-    def _compute(self, batch: list[Waiting[Work]]) -> tuple[list[dict[str, Array]], float]:
-        start = time.monotonic()
+    def _alone(self, waiting: Waiting[Work]) -> dict[str, Array] | Exception:
+        """A task of a batch that failed: whose fault it was shows when each is computed by itself."""
+        try:
+            return self._compute([waiting])[0]
+        except Exception as error:
+            return error
+
+    def _compute(self, batch: list[Waiting[Work]]) -> list[dict[str, Array]]:
         stacked = tensors.stack(self._spec.inputs, [waiting.task.inputs for waiting in batch])
         outputs = self._processor.run(stacked)
-        own = tensors.unstack(self._spec.outputs, outputs, [waiting.task.axes for waiting in batch])
-        return own, time.monotonic() - start
+        return tensors.unstack(self._spec.outputs, outputs, [waiting.task.axes for waiting in batch])
+
+    def _done(
+        self, batch: list[Waiting[Work]], taken: float, seconds: float, outcomes: list[dict[str, Array] | Exception]
+    ) -> None:
+        """In the loop: settle a batch's tasks, and take the next."""
+        del self._ends[id(batch)]
+        items = sum(waiting.items for waiting in batch)
+        if not any(isinstance(outcome, Exception) for outcome in outcomes):
+            self._estimate.observe(batch_units(batch), seconds)
+            self._metrics.batch_size.observe(items)
+        for waiting, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                _settle(waiting, outcome)
+            else:
+                _settle(waiting, Result(outcome, taken - waiting.enqueued, seconds, items))
+        self._dispatch()
 
     def _doomed(self, waiting: Waiting[Work], now: float) -> TaskError:
         reason = "expired_in_queue" if now >= waiting.due else "would_expire"
         self._metrics.dropped(reason)
         what = "passed while it waited" if reason == "expired_in_queue" else "would pass before the work is done"
         return Expired(f"the deadline {what} at stage {self._spec.name!r}", reason=reason, elapsed_s=now - waiting.enqueued)
+
+
+def _settle(waiting: Waiting[Work], outcome: Result | Exception) -> None:
+    """Tell a task how it went, unless it has gone away meanwhile."""
+    result = waiting.task.result
+    if result.done():
+        return
+    if isinstance(outcome, Exception):
+        result.set_exception(outcome)
+    else:
+        result.set_result(outcome)

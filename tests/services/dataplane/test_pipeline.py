@@ -59,9 +59,9 @@ def test_a_chain_whose_last_step_also_takes_from_the_first_is_one_segment() -> N
 
 def test_each_hop_of_the_chain_carries_what_is_still_needed_and_no_more() -> None:
     (segment,) = segments(EMBED)
-    assert set(segment.carried_after(0)) == {"tokenise.input_ids", "tokenise.attention_mask", "tokenise.token_count"}
-    assert set(segment.carried_after(1)) == {"encode.last_hidden_state", "tokenise.attention_mask", "tokenise.token_count"}
-    assert set(segment.carried_after(2)) == {"pool.embedding", "tokenise.token_count"}
+    assert set(segment.keeps[0]) == {"tokenise.input_ids", "tokenise.attention_mask", "tokenise.token_count"}
+    assert set(segment.keeps[1]) == {"encode.last_hidden_state", "tokenise.attention_mask", "tokenise.token_count"}
+    assert set(segment.keeps[2]) == {"pool.embedding", "tokenise.token_count"}
 
 
 def test_two_branches_that_meet_are_three_segments() -> None:
@@ -137,7 +137,7 @@ def test_cuts(sentence: str, steps: dict[str, dict[str, str]], expected: list[li
 def test_an_output_in_the_middle_of_a_chain_rides_along_to_its_end() -> None:
     (segment,) = segments(pipeline({"a": {"x": "request.x"}, "b": {"x": "a.y"}}, {"first": "a.y", "second": "b.y"}))
     assert set(segment.returns) == {"a.y", "b.y"}
-    assert set(segment.carried_after(0)) == {"a.y"}
+    assert set(segment.keeps[0]) == {"a.y"}
 
 
 def test_an_output_may_be_a_tensor_of_the_request() -> None:
@@ -260,7 +260,7 @@ def _walk(segment: Segment) -> set[str]:
     with_it = set(segment.sends)
     for index, step in enumerate(segment.steps):
         assert set(step.inputs.values()) <= with_it
-        carried = segment.carried_after(index)
+        carried = segment.keeps[index]
         assert len(set(carried)) == len(carried)
         assert all(ref in with_it or step_of(ref) == step.id for ref in carried)
         later = {ref for s in segment.steps[index + 1 :] for ref in s.inputs.values()}

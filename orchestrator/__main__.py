@@ -1,0 +1,334 @@
+"""`espalier`: the command line. Results go to stdout (as JSON with `-o json`), everything else to stderr.
+
+Exit status: 0 ok, 1 an objective was missed, 2 wrong usage or configuration, 3 set-up failed, 4 the run failed or is partial,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.live import Live
+
+from models.manifest import ManifestError
+from models.manifest import load as load_manifest
+from orchestrator import bench as benches
+from orchestrator import client as clients
+from orchestrator import display, facts, lifecycle, wiring
+from orchestrator import testbed as testbeds
+from orchestrator.errors import EspalierError, TestbedInvalid
+from orchestrator.runtimes import child as children
+from orchestrator.state_dir import StateDir
+
+DEFAULT_TESTBED = Path("deploy/testbeds/demo.yaml")
+STATES, MODELS = Path("out/run"), Path("out/models")
+INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """Turns our errors into exit codes, for every command."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EspalierError as error:
+            click.echo(str(error) if isinstance(error, TestbedInvalid) else f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+_testbed_file = click.argument("testbed", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT_TESTBED)
+_models_dir = click.option(
+    "--models-dir", type=click.Path(path_type=Path, file_okay=False), default=MODELS, show_default=True,
+    help="Where exported models lie, one directory each.",
+)  # fmt: skip
+_state_dir = click.option(
+    "--state-dir", type=click.Path(path_type=Path, file_okay=False),
+    help="Records and logs of a running testbed [default: out/run/NAME].",
+)  # fmt: skip
+_name = click.option("--testbed", "name", default="demo", show_default=True, help="Name of a running testbed.")
+_output = click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="What goes to stdout."
+)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+@click.version_option(package_name="espalier")
+def main() -> None:
+    """Serve foundation models at the edge as split stages: export, bring up, scale and measure a testbed."""
+
+
+# --- models ---------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@_testbed_file
+@_models_dir
+@_output
+def validate(testbed: Path, models_dir: Path, output: str) -> None:
+    """Check a testbed file; every mistake is listed as file:line: field: problem."""
+    try:
+        loaded = testbeds.load(testbed)
+        exported = _check_models(loaded, models_dir)
+    except TestbedInvalid as error:
+        if output == "json":
+            click.echo(json.dumps({"valid": False, "problems": error.problems}, indent=2))
+        raise
+    missing = [name for name in loaded.testbed.models if name not in exported]
+    if output == "json":
+        click.echo(json.dumps({"valid": True, "problems": [], "models_not_exported": missing}, indent=2))
+        return
+    sizes = ", ".join(f"{len(getattr(loaded.testbed, part))} {part}" for part in ("nodes", "services", "pipelines"))
+    click.echo(f"{testbed}: ok: {sizes}")
+    if missing:
+        click.echo(f"not exported yet, so tensors and tiers were not checked: {', '.join(missing)} (espalier export)")
+
+
+def _check_models(loaded: testbeds.Loaded, models_dir: Path) -> list[str]:
+    """Check edges and tiers if all models are there; returns those that are."""
+    manifests = {}
+    for name in loaded.testbed.models:
+        try:
+            manifests[name] = load_manifest(models_dir / name)
+        except ManifestError:
+            continue
+    if manifests.keys() == loaded.testbed.models.keys() and (problems := wiring.wire(loaded.testbed, manifests).problems):
+        raise loaded.complain(problems)
+    return list(manifests)
+
+
+@main.command()
+@_testbed_file
+@_models_dir
+@click.option("--force", is_flag=True, help="Export again what is up to date.")
+def export(testbed: Path, models_dir: Path, force: bool) -> None:
+    """Export the testbed's models as stages."""
+    for name, model in testbeds.load(testbed).testbed.models.items():
+        precisions = [word for precision in model.precisions for word in ("--precision", precision)]
+        extra = ["--force"] if force else []
+        _models("export", model.source, "--out", str(models_dir / name), *precisions, *extra)
+
+
+@main.command()
+@_testbed_file
+@_models_dir
+def verify(testbed: Path, models_dir: Path) -> None:
+    """Compare the exported stages, chained, with the whole models."""
+    for name, model in testbeds.load(testbed).testbed.models.items():
+        _models("verify", str(models_dir / name), model.source)
+
+
+@main.command()
+@_testbed_file
+@_models_dir
+@click.option("--quick", is_flag=True, help="Fewer samples.")
+def profile(testbed: Path, models_dir: Path, quick: bool) -> None:
+    """Measure service times and memory of the exported stages on this machine."""
+    for name in testbeds.load(testbed).testbed.models:
+        _models("profile", str(models_dir / name), *(["--quick"] if quick else []))
+
+
+def _models(*arguments: str) -> None:
+    """Run a command of the models folder, the only place that knows torch, in a process of its own."""
+    code = subprocess.run(
+        [sys.executable, "-m", "models", *arguments], check=False, env=children.environment(lifecycle.ROOT)
+    ).returncode
+    if code:
+        sys.exit(code)
+
+
+# --- a running testbed ----------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@_testbed_file
+@_models_dir
+@_state_dir
+@click.option("--detach/--foreground", default=True, help="Leave the orchestrator running, or stay with it.  [default: detach]")
+@click.option("--limit", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Longest wait for ready [s].")
+@click.option("--stage-module", hidden=True, envvar="ESPALIER_STAGE_MODULE")
+@click.option("--gateway-module", hidden=True, envvar="ESPALIER_GATEWAY_MODULE")
+@_output
+def up(
+    testbed: Path,
+    models_dir: Path,
+    state_dir: Path | None,
+    detach: bool,
+    limit: float,
+    stage_module: str | None,
+    gateway_module: str | None,
+    output: str,
+) -> None:
+    """Start the testbed's stages and gateway, and the orchestrator that keeps them; wait until all are ready."""
+    loaded = testbeds.load(testbed)
+    state = StateDir(state_dir or STATES / loaded.testbed.name)
+    modules = [
+        word
+        for option, module in (("--stage-module", stage_module), ("--gateway-module", gateway_module))
+        if module
+        for word in (option, module)
+    ]
+    start = lifecycle.Start(testbed, models_dir, tuple(modules))
+    if not detach:
+        os.execve(sys.executable, start.argv(state), children.environment(lifecycle.ROOT))
+    began = time.monotonic()
+    status = _with_progress(lambda show: lifecycle.bring_up(start, loaded, state, limit, show))
+    url = status["gateway"]["url"]
+    if output == "json":
+        click.echo(json.dumps({"gateway": url, "state_dir": str(state.root), "status": status}, indent=2))
+    else:
+        click.echo(f"{loaded.testbed.name} is ready after {time.monotonic() - began:.1f} s; gateway: {url}", err=True)
+        click.echo(url)
+
+
+def _with_progress(work: Any) -> Any:
+    """Run work that shows statuses: a live line on a terminal, nothing otherwise."""
+    console = display.console(stderr=True)
+    if not console.is_terminal:
+        return work(lambda _: None)
+    with Live("starting the orchestrator", console=console, transient=True) as live:
+        return work(lambda status: live.update(display.progress(status)))
+
+
+@main.command()
+@_name
+@_state_dir
+def down(name: str, state_dir: Path | None) -> None:
+    """Drain and stop everything, and leave nothing running."""
+    state = StateDir(state_dir or STATES / name)
+    swept = lifecycle.take_down(state)
+    click.echo(f"{name} is down" + (f"; {swept} processes without an orchestrator were stopped" if swept else ""), err=True)
+
+
+@main.command()
+@_name
+@_state_dir
+@click.option("--watch", is_flag=True, help="Again every second, until interrupted.")
+@_output
+def status(name: str, state_dir: Path | None, watch: bool, output: str) -> None:
+    """What runs, how it does, and what was decided last."""
+    with clients.connect(StateDir(state_dir or STATES / name)) as client:
+        if output == "json":
+            while True:
+                click.echo(json.dumps(client.status(), indent=None if watch else 2))
+                if not watch:
+                    return
+                time.sleep(1)
+        console = display.console()
+        if not watch:
+            console.print(display.status(client.status()))
+            return
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(display.status(client.status()), refresh=True)
+                time.sleep(1)
+
+
+@main.command()
+@click.argument("service")
+@click.argument("replicas", type=click.IntRange(min=0))
+@click.option("--standby", type=click.IntRange(min=0), help="Replicas that are loaded and idle; left as it is by default.")
+@click.option("--wait", is_flag=True, help="Until it is so.")
+@click.option("--limit", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Longest wait [s].")
+@_name
+@_state_dir
+def scale(
+    service: str, replicas: int, standby: int | None, wait: bool, limit: float, name: str, state_dir: Path | None
+) -> None:
+    """Set the number of replicas of SERVICE."""
+    with clients.connect(StateDir(state_dir or STATES / name)) as client:
+        client.scale(service, replicas, standby)
+        if wait:
+            _wait_until_settled(client, [service], limit)
+
+
+@main.command()
+@click.argument("service", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every service.")
+@click.option("--wait", is_flag=True, help="Until all are replaced.")
+@click.option("--limit", type=click.FloatRange(min=0), default=300.0, show_default=True, help="Longest wait [s].")
+@_name
+@_state_dir
+def restart(service: str | None, everything: bool, wait: bool, limit: float, name: str, state_dir: Path | None) -> None:
+    """Replace every replica of SERVICE, one at a time: the new one is ready before the old one drains."""
+    if (service is None) == (not everything):
+        raise click.UsageError("name one SERVICE, or give --all")
+    with clients.connect(StateDir(state_dir or STATES / name)) as client:
+        client.restart(None if service is None else [service])
+        if wait:
+            _wait_until_settled(client, [service] if service else list(client.status()["services"]), limit)
+
+
+def _wait_until_settled(client: clients.Client, services: list[str], limit_s: float) -> None:
+    def settled(status: dict[str, Any]) -> bool:
+        return all(status["services"][service]["settled"] for service in services)
+
+    def run(show: Any) -> None:
+        for status in client.watch(limit_s, settled):
+            show(status)
+
+    _with_progress(run)
+
+
+@main.command()
+@_testbed_file
+@_state_dir
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as JSON.")
+@click.option("--records", type=click.Path(path_type=Path, dir_okay=False), help="Write one JSON line per task.")
+@click.option("--warmup", type=click.FloatRange(min=0), default=5.0, show_default=True, help="Load that is not measured [s].")
+@click.option("--duration", type=click.FloatRange(min=0, min_open=True), help="Measured part [s]; default: the workload's own.")
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Of all arrivals and payloads.")
+@click.option("--objective", type=click.FloatRange(0, 1), help="Least on-time ratio of every pipeline; below it, exit 1.")
+@_output
+def bench(
+    testbed: Path,
+    state_dir: Path | None,
+    report: Path | None,
+    records: Path | None,
+    warmup: float,
+    duration: float | None,
+    seed: int,
+    objective: float | None,
+    output: str,
+) -> None:
+    """Send the testbed's workload to its gateway; print what was on time, where time went, and what it cost."""
+    loaded = testbeds.load(testbed).testbed
+    if not loaded.workload:
+        raise click.UsageError(f"{testbed} has no workload; add one, or use python -m loadgen")
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+    options = benches.Options(warmup, seed, objective, duration, records, output == "json")
+    with clients.connect(StateDir(state_dir or STATES / loaded.name)) as client:
+        result = benches.run(loaded, client, options)
+    if result.report is not None:
+        if report is not None:
+            report.write_text(json.dumps(result.report, indent=2) + "\n")
+        if output == "json":
+            click.echo(json.dumps(result.report, indent=2))
+        else:
+            display.console().print(display.costs(result.report, result.spent))
+    sys.exit(result.exit_code)
+
+
+@main.command()
+@_output
+def info(output: str) -> None:
+    """Versions, processors, execution providers and running testbeds."""
+    found = facts.gather(STATES)
+    if output == "json":
+        click.echo(json.dumps(found, indent=2))
+    else:
+        display.console().print(display.pairs(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The nouns of the orchestrator, as plain frozen data: what is there, what is seen, what is wanted, and the seams between.
+
+Decision modules (`placement`, `scaling`, `runtimes.reconcile`, `costs`) are pure functions of these values. Every value
+survives JSON exactly (`decision_log`), so that a logged run can be decided again. Units: seconds, bytes, cores, requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from models.manifest import Tier
+from services.dataplane.routes import ReplicaState
+
+Counts = Mapping[str, Mapping[str, int]]
+"""service -> node -> replicas; a pair that is missing means 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An edge machine, or a share of one."""
+
+    name: str
+    cpus: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A stage as deployed: what one replica needs and where it may run."""
+
+    name: str
+    tier: Tier
+    cpus: float
+    """Cores that a replica at work needs. A standby replica is idle and needs none until it is let out."""
+    memory_bytes: int
+    """Memory that a loaded replica holds, at work or not."""
+    floor: int = 1
+    """Ready replicas that no transition goes below (less only where fewer were ready to begin with)."""
+    nodes: tuple[str, ...] = ()
+    """Where it may run; empty: anywhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How many replicas of a service are wanted in all."""
+
+    replicas: int
+    standby: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """x[s, n]: replicas of service s wanted on node n, at work and on standby."""
+
+    ready: Counts = field(default_factory=dict)
+    standby: Counts = field(default_factory=dict)
+
+    def ready_on(self, service: str, node: str) -> int:
+        """Ready replicas wanted of a service on a node."""
+        return self.ready.get(service, {}).get(node, 0)
+
+    def standby_on(self, service: str, node: str) -> int:
+        """Standby replicas wanted of a service on a node."""
+        return self.standby.get(service, {}).get(node, 0)
+
+    def target(self, service: str) -> Target:
+        """Replicas of a service over all nodes."""
+        return Target(sum(self.ready.get(service, {}).values()), sum(self.standby.get(service, {}).values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One running copy of a service, as the runtime knows it."""
+
+    id: str
+    service: str
+    node: str
+    state: ReplicaState
+    cpus: float
+    memory_bytes: int
+    url: str = ""
+    outdated: bool = False
+    """Started from an older specification, or before the operator asked for a restart: to be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What the replicas of a service said of themselves; None where nothing was served, so nothing is known."""
+
+    age_s: float
+    """Age of the oldest sample among its routed replicas: a silent replica makes the whole signal old."""
+    arrival_rate: float | None = None
+    """lambda [req/s]: tasks that ended in the interval, dropped ones included, over its length."""
+    queue_length: float | None = None
+    """Q [requests], summed over replicas; a silent replica counts with its last value."""
+    inflight: float | None = None
+    wait_s: float | None = None
+    """Mean time in queue of the interval [s]."""
+    service_s: float | None = None
+    """Mean compute time of the interval [s]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceObservation:
+    """A service at one instant."""
+
+    replicas: Mapping[str, Mapping[ReplicaState, int]]
+    """node -> state -> count."""
+    signal: Signal | None = None
+    """None: no replica has been sampled yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineObservation:
+    """How the tasks of a pipeline ended, at all gateways, since the observation before."""
+
+    age_s: float
+    interval_s: float
+    outcomes: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Everything a policy may look at. Time and the operator's wishes are data like the rest."""
+
+    t: float
+    """Seconds on the orchestrator's monotonic clock."""
+    services: Mapping[str, ServiceObservation]
+    pipelines: Mapping[str, PipelineObservation] = field(default_factory=dict)
+    orders: Mapping[str, Target] = field(default_factory=dict)
+    """Targets the operator set by hand; they outrank the testbed's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A desired state, or a hold (`desired` is None): leave things as they are. Always with a reason."""
+
+    desired: Placement | None
+    reason: str
+
+
+S = TypeVar("S")
+
+
+class ScalingPolicy(Protocol[S]):
+    """Decides once a slot, as a pure function: equal state and observation give an equal decision."""
+
+    @property
+    def state_type(self) -> type[S]:
+        """For reading states back from the decision log."""
+
+    def initial(self) -> S:
+        """State before the first slot."""
+
+    def step(self, state: S, observation: Observation) -> tuple[S, Decision]:
+        """State after this slot, and what should run."""
+
+
+class Telemetry(Protocol):
+    """The edge that observes."""
+
+    async def observe(self, t: float, replicas: Sequence[Replica]) -> Observation:
+        """What is known at time t. A source that does not answer ages; it is never counted as zero."""
+
+
+class Runtime(Protocol):
+    """The edge that acts."""
+
+    @property
+    def starts(self) -> int:
+        """Replicas started so far."""
+
+    def replicas(self) -> tuple[Replica, ...]:
+        """What runs now."""
+
+    def apply(self, desired: Placement) -> None:
+        """Make it the target and take the first steps towards it; the rest follows as replicas change state."""

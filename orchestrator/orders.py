@@ -1,0 +1,56 @@
+"""What the operator ordered, kept on disk so that a restart of the orchestrator forgets none of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from orchestrator.core import Target
+from services.dataplane.document import Document
+
+
+class Kept(Document):
+    """The file."""
+
+    targets: Mapping[str, Target] = Field(default_factory=dict)
+    generations: Mapping[str, int] = Field(default_factory=dict)
+    """service -> restarts ordered so far."""
+
+
+class Orders:
+    """The orders in force."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._kept = Kept.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            self._kept = Kept()
+
+    @property
+    def targets(self) -> Mapping[str, Target]:
+        """Targets set by hand."""
+        return self._kept.targets
+
+    def generation(self, service: str) -> int:
+        """Restarts of a service ordered so far."""
+        return self._kept.generations.get(service, 0)
+
+    def scale(self, service: str, target: Target) -> None:
+        """Order a number of replicas."""
+        self._keep(Kept(targets={**self._kept.targets, service: target}, generations=self._kept.generations))
+
+    def restart(self, services: list[str]) -> None:
+        """Order that every replica of these services that runs now be replaced."""
+        again = {service: self.generation(service) + 1 for service in services}
+        self._keep(Kept(targets=self._kept.targets, generations={**self._kept.generations, **again}))
+
+    def _keep(self, kept: Kept) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.write_text(kept.model_dump_json())
+        os.replace(partial, self._path)
+        self._kept = kept

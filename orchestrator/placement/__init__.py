@@ -1,0 +1,1 @@
+"""Where replicas go: pure functions from demand and nodes to a placement."""

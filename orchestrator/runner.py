@@ -1,0 +1,102 @@
+"""The loop: every slot observe, decide, apply (which publishes the routes), log. The only place where the parts meet in time.
+
+A slot that fails is logged and counted and the next one comes; every wait has a limit. An order of the operator ends the wait
+between slots at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Generic, TypeVar
+
+from orchestrator import costs
+from orchestrator.core import Decision, Observation, Placement, Runtime, ScalingPolicy, Target, Telemetry
+from orchestrator.costs import Cost, Prices
+from orchestrator.decision_log import DecisionLog, Entry
+from orchestrator.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+OBSERVE_LIMIT_S = 5.0
+
+S = TypeVar("S")
+
+
+class Runner(Generic[S]):
+    """Steps one policy over one testbed."""
+
+    def __init__(
+        self,
+        *,
+        policy: ScalingPolicy[S],
+        telemetry: Telemetry,
+        runtime: Runtime,
+        decisions: DecisionLog[S],
+        orders: Callable[[], Mapping[str, Target]],
+        version: Callable[[], int],
+        metrics: Metrics,
+        prices: Prices,
+        slot_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._policy, self._telemetry, self._runtime, self._decisions = policy, telemetry, runtime, decisions
+        self._orders, self._version, self._metrics, self._prices = orders, version, metrics, prices
+        self._slot_s, self._clock = slot_s, clock
+        self._state = policy.initial()
+        self._wake = asyncio.Event()
+        self._accounted_t, self._accounted_starts = clock(), runtime.starts
+        self.cost = Cost()
+        self.slots = self.failed_slots = 0
+        self.observation: Observation | None = None
+        self.decision: Decision | None = None
+        self.desired: Placement | None = None
+
+    def wake(self) -> None:
+        """Begin the next slot now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._wake.clear()
+            try:
+                await self.tick()
+            except Exception:
+                self.failed_slots += 1
+                self._metrics.acted("tick", "failed")
+                log.exception("slot %d failed; the next one follows", self.slots)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._slot_s):
+                    await self._wake.wait()
+
+    async def tick(self) -> None:
+        """One slot."""
+        self.slots += 1
+        self.account()
+        with self._metrics.tick.time():
+            async with asyncio.timeout(OBSERVE_LIMIT_S):
+                seen = await self._telemetry.observe(self._clock(), self._runtime.replicas())
+            observation = replace(seen, orders=dict(self._orders()))
+            state, decision = self._policy.step(self._state, observation)
+            if decision.desired is not None:
+                self._runtime.apply(decision.desired)
+                self.desired = decision.desired
+            if self.decision is None or decision.reason != self.decision.reason:
+                log.info("decision: %s", decision.reason)
+            entry = Entry(self._state, observation, decision)
+            self._decisions.append(entry, wall=datetime.now(UTC).isoformat(), version=self._version())
+        self._state, self.observation, self.decision = state, observation, decision
+        self._metrics.acted("hold" if decision.desired is None else "apply", "ok")
+
+    def account(self) -> None:
+        """Add what the testbed has cost since this was called last."""
+        t, starts = self._clock(), self._runtime.starts
+        new_starts, self._accounted_starts = starts - self._accounted_starts, starts
+        self.cost += costs.of_slot(self._runtime.replicas(), t - self._accounted_t, new_starts, self._prices)
+        self._accounted_t = t

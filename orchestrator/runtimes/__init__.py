@@ -1,0 +1,1 @@
+"""Making it so: runtimes behind `orchestrator.core.Runtime`, over one pure `reconcile`."""

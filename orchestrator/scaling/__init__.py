@@ -1,0 +1,1 @@
+"""How many replicas there should be: policies behind `orchestrator.core.ScalingPolicy`."""

@@ -1,0 +1,96 @@
+"""The policy of a testbed scaled by hand: the testbed's targets, or the operator's where there are any.
+
+What runs stays where it is; a changed target moves only the difference. Nothing is taken away from a service whose signal is
+stale: what looks idle may just be silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestrator.core import Decision, Node, Observation, Placement, Service, ServiceObservation, Target
+from orchestrator.errors import Infeasible
+from orchestrator.placement import greedy
+
+
+@dataclass(frozen=True, slots=True)
+class ManualState:
+    """The placement ordered last; None before the first slot, which starts from what runs."""
+
+    placement: Placement | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manual:
+    """Parameters of the policy. A policy is its configuration."""
+
+    services: tuple[Service, ...]
+    nodes: tuple[Node, ...]
+    targets: Mapping[str, Target]
+    flows: frozenset[tuple[str, str]] = frozenset()
+    latencies_s: Mapping[tuple[str, str], float] | None = None
+    stale_after_s: float = 5.0
+    state_type: type[ManualState] = ManualState
+
+    def initial(self) -> ManualState:
+        """State before the first slot."""
+        return ManualState()
+
+    def step(self, state: ManualState, observation: Observation) -> tuple[ManualState, Decision]:
+        """Place what the operator and the testbed want; see the module."""
+        current = state.placement or running(observation)
+        wanted = self.wanted(observation.orders)
+        held = {name: age for name in wanted if (age := self._held(name, wanted[name], current, observation)) is not None}
+        targets = {name: current.target(name) if name in held else target for name, target in wanted.items()}
+        if state.placement is not None and all(current.target(name) == target for name, target in targets.items()):
+            return state, Decision(current, _reason(f"as ordered: {_totals(targets)}", held))
+        try:
+            placement = self.place(targets, current)
+        except Infeasible as error:
+            return state, Decision(None, f"hold: {error}")
+        return ManualState(placement), Decision(placement, _reason(f"new order: {_totals(targets)}", held))
+
+    def wanted(self, orders: Mapping[str, Target]) -> dict[str, Target]:
+        """The targets in force: the operator's where there is one, else the testbed's."""
+        return {name: orders.get(name, target) for name, target in self.targets.items()}
+
+    def place(self, targets: Mapping[str, Target], current: Placement | None) -> Placement:
+        """Nodes for these targets.
+
+        Raises:
+            Infeasible: they do not fit.
+        """
+        return greedy.place(self.services, self.nodes, targets, flows=self.flows, latencies_s=self.latencies_s, keep=current)
+
+    def _held(self, name: str, target: Target, current: Placement, observation: Observation) -> float | None:
+        """Age [s] of the stale signal that forbids the order, or None where nothing does."""
+        if target.replicas >= current.target(name).replicas:
+            return None
+        seen = observation.services.get(name)
+        if seen is None or seen.signal is None or seen.signal.age_s <= self.stale_after_s:
+            return None
+        return seen.signal.age_s
+
+
+def running(observation: Observation) -> Placement:
+    """What runs, as a placement: replicas that still load count as standby, those that drain not at all."""
+    ready = {name: _count(service, ("ready",)) for name, service in observation.services.items()}
+    idle = {name: _count(service, ("standby", "starting")) for name, service in observation.services.items()}
+    return Placement(ready, idle)
+
+
+def _count(service: ServiceObservation, states: tuple[str, ...]) -> dict[str, int]:
+    sums = {node: sum(n for state, n in counts.items() if state in states) for node, counts in service.replicas.items()}
+    return {node: n for node, n in sums.items() if n}
+
+
+def _totals(targets: Mapping[str, Target]) -> str:
+    return ", ".join(f"{name} {t.replicas}" + (f"+{t.standby}" if t.standby else "") for name, t in targets.items())
+
+
+def _reason(reason: str, held: Mapping[str, float]) -> str:
+    if not held:
+        return reason
+    stale = ", ".join(f"{name} ({age:.1f} s)" for name, age in held.items())
+    return f"{reason}; nothing taken from services whose signal is stale: {stale}"

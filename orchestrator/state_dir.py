@@ -1,0 +1,105 @@
+"""The state directory of a testbed: which file lies where, and who runs it.
+
+In it lie
+
+    orchestrator.json   the orchestrator: process, address, testbed; kept after its end for the port
+    orchestrator.log    its log
+    replicas/ gateways/ a record per process (`runtimes.records`)
+    logs/               output of every process
+    routes.json         the routes published last; gateway-1.routes.json is the gateway's own copy
+    orders.json         what the operator ordered
+    decisions.jsonl     the decision log
+
+The command line, the orchestrator and its successor meet only here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from orchestrator.runtimes import child as children
+from orchestrator.runtimes.child import Identity
+from services.dataplane.document import Document
+
+
+class Daemon(Document):
+    """An orchestrator process."""
+
+    pid: int
+    create_time: float
+    argv: tuple[str, ...]
+    url: str
+    testbed: str
+    sha256: str
+    """Of the testbed file it was started with."""
+
+    @property
+    def identity(self) -> Identity:
+        """What the process is recognised by."""
+        return Identity(self.pid, self.create_time, self.argv)
+
+    def is_alive(self) -> bool:
+        """Whether this very process runs."""
+        return children.recognise(self.identity)
+
+
+@dataclass(frozen=True, slots=True)
+class StateDir:
+    """Paths under one directory."""
+
+    root: Path
+
+    @property
+    def daemon(self) -> Path:
+        """Record of the orchestrator."""
+        return self.root / "orchestrator.json"
+
+    @property
+    def log(self) -> Path:
+        """Log of the orchestrator."""
+        return self.root / "orchestrator.log"
+
+    @property
+    def routes(self) -> Path:
+        """The routes published last."""
+        return self.root / "routes.json"
+
+    @property
+    def gateway_routes(self) -> Path:
+        """The gateway's copy."""
+        return self.root / "gateway-1.routes.json"
+
+    @property
+    def orders(self) -> Path:
+        """What the operator ordered."""
+        return self.root / "orders.json"
+
+    @property
+    def decisions(self) -> Path:
+        """The decision log."""
+        return self.root / "decisions.jsonl"
+
+    def read_daemon(self) -> Daemon | None:
+        """The orchestrator that runs here, or ran here last."""
+        try:
+            return Daemon.model_validate_json(self.daemon.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def save_daemon(self, daemon: Daemon) -> None:
+        """Write the record of the orchestrator in one step."""
+        partial = self.daemon.with_suffix(".json.partial")
+        partial.write_text(daemon.model_dump_json())
+        os.replace(partial, self.daemon)
+
+    def clear(self) -> None:
+        """Forget a testbed that is down, but for its logs, its decisions and the version of its routes."""
+        for path in (self.daemon, self.orders, self.gateway_routes):
+            path.unlink(missing_ok=True)
+        for directory in ("replicas", "gateways"):
+            shutil.rmtree(self.root / directory, ignore_errors=True)

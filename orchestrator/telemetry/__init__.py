@@ -1,0 +1,1 @@
+"""What the testbed is doing: sources of signals behind `orchestrator.core.Telemetry`."""

@@ -1,0 +1,179 @@
+"""Steps and manifests become pipelines: every input of every step gets its reference, and every edge is checked.
+
+An input that the testbed names comes from there. Any other is wired by tensor name, from the nearest earlier step that outputs
+that name; `after` narrows the search to one step and its ancestors. Both ends of an edge must agree on datatype and shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+
+from models.manifest import Manifest, ManifestError, StageSpec, TensorSpec, Tier
+from orchestrator.marked_yaml import Path, Problem
+from orchestrator.testbed import PipelineSection, StepSection, Testbed, did_you_mean
+from services.dataplane.pipeline import REQUEST, Pipeline, Step, name_of, step_of
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """A testbed together with what its models turned out to be."""
+
+    pipelines: Mapping[str, Pipeline]
+    tiers: Mapping[str, Tier]
+    """By service."""
+    problems: tuple[Problem, ...]
+    """Empty where everything fits; otherwise the rest is not to be used."""
+
+
+def wire(testbed: Testbed, manifests: Mapping[str, Manifest]) -> Wiring:
+    """Wire every pipeline. `manifests` holds every model of the testbed, by its name there."""
+    stages: dict[str, StageSpec] = {}
+    problems: list[Problem] = []
+    for name in testbed.services:
+        problems += _stage(testbed, name, manifests, stages)
+    pipelines: dict[str, Pipeline] = {}
+    if not problems:
+        for name, section in testbed.pipelines.items():
+            wired = _Wires(("pipelines", name), section, stages)
+            problems += wired.run()
+            if wired.pipeline is not None:
+                pipelines[name] = wired.pipeline
+    return Wiring(pipelines, {name: stage.tier for name, stage in stages.items()}, tuple(problems))
+
+
+def _stage(testbed: Testbed, name: str, manifests: Mapping[str, Manifest], stages: dict[str, StageSpec]) -> Iterator[Problem]:
+    section = testbed.services[name]
+    path = ("services", name)
+    try:
+        stage = manifests[section.model].stage(section.stage)
+    except ManifestError:
+        known = [stage.name for stage in manifests[section.model].stages]
+        hint = did_you_mean(section.stage, known) or f"; it has {', '.join(known)}"
+        yield Problem((*path, "stage"), f"model {section.model!r} has no stage {section.stage!r}{hint}")
+        return
+    if section.precision not in stage.files:
+        made = ", ".join(stage.files)
+        yield Problem((*path, "precision"), f"stage {stage.name!r} was exported as {made}, not as {section.precision}")
+    if section.tier not in (None, stage.tier):
+        yield Problem((*path, "tier"), f"the manifest says that {stage.name!r} is {stage.tier}")
+    stages[name] = stage
+
+
+@dataclass(slots=True)
+class _Wires:
+    """One pipeline under construction, step by step in the order of the file."""
+
+    path: Path
+    section: PipelineSection
+    stages: Mapping[str, StageSpec]
+    steps: dict[str, Step] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    pipeline: Pipeline | None = None
+    """The result, where there were no problems."""
+    requested: dict[str, TensorSpec] = field(default_factory=dict)
+    """What the tensors of the request have to be, from their first use."""
+
+    def run(self) -> list[Problem]:
+        """Wire it; returns the problems."""
+        for i, step in enumerate(self.section.steps):
+            self._wire(i, step)
+        if not self.problems:
+            self._check_edges()
+            self._check_outputs()
+        if not self.problems:
+            self._build()
+        return self.problems
+
+    def _wire(self, i: int, step: StepSection) -> None:
+        stage = self.stages[step.service]
+        path = (*self.path, "steps", i)
+        names = [tensor.name for tensor in stage.inputs]
+        for name in step.inputs:
+            if name not in names:
+                hint = did_you_mean(name, names) or f"; it takes {', '.join(names)}"
+                self._complain((*path, "inputs", name), f"service {step.service!r} takes no tensor {name!r}{hint}")
+        inputs = dict(step.inputs)
+        for name in names:
+            if name not in inputs and (source := self._source(step, name)) is not None:
+                inputs[name] = f"{source}.{name}"
+            elif name not in inputs:
+                where = f"neither {step.after!r} nor its ancestors give" if step.after else "no earlier step gives"
+                self._complain(path, f"{where} the input {name!r} of step {step.id!r}; name it under inputs")
+        self.steps[step.id] = Step(id=step.id, service=step.service, inputs={n: inputs[n] for n in names if n in inputs})
+
+    def _source(self, step: StepSection, tensor: str) -> str | None:
+        """The nearest earlier step that outputs the tensor."""
+        allowed = None if step.after is None else self._with_ancestors(step.after)
+        for earlier in reversed(self.steps):
+            if allowed is not None and earlier not in allowed:
+                continue
+            if any(output.name == tensor for output in self._stage_of(earlier).outputs):
+                return earlier
+        return None
+
+    def _with_ancestors(self, step: str) -> set[str]:
+        found, left = {step}, [step]
+        while left:
+            for parent in self.steps[left.pop()].parents - found:
+                if parent in self.steps:
+                    found.add(parent)
+                    left.append(parent)
+        return found
+
+    def _check_edges(self) -> None:
+        for i, step in enumerate(self.section.steps):
+            stage = self._stage_of(step.id)
+            for taken in stage.inputs:
+                ref = self.steps[step.id].inputs[taken.name]
+                path = (*self.path, "steps", i, "inputs", taken.name)
+                given = self._given(path, ref, taken)
+                if given is not None and not _agree(given, taken):
+                    self._complain(path, f"{ref} is {_words(given)}, but {step.service!r} takes {_words(taken)}")
+
+    def _build(self) -> None:
+        try:
+            self.pipeline = Pipeline(
+                name=str(self.path[-1]), deadline_s=self.section.deadline, epsilon=self.section.epsilon,
+                steps=tuple(self.steps.values()), outputs=self.section.outputs,
+            )  # fmt: skip
+        except ValidationError:
+            # The file's own words hold no cycle (testbed.check), so it came in with the wires added here.
+            self._complain((*self.path, "steps"), "unnamed inputs make the steps wait for each other; name them under inputs")
+
+    def _check_outputs(self) -> None:
+        for name, ref in self.section.outputs.items():
+            path = (*self.path, "outputs", name)
+            if step_of(ref) == REQUEST and name_of(ref) not in self.requested:
+                self._complain(path, f"{ref} is taken by no step, so the request has no such tensor")
+            elif step_of(ref) != REQUEST:
+                self._given(path, ref, None)
+
+    def _given(self, path: Path, ref: str, taken: TensorSpec | None) -> TensorSpec | None:
+        if step_of(ref) == REQUEST:
+            return self.requested.setdefault(name_of(ref), taken) if taken is not None else None
+        outputs = {tensor.name: tensor for tensor in self._stage_of(step_of(ref)).outputs}
+        if name_of(ref) not in outputs:
+            hint = did_you_mean(name_of(ref), outputs) or f"; it gives {', '.join(outputs)}"
+            self._complain(path, f"step {step_of(ref)!r} gives no tensor {name_of(ref)!r}{hint}")
+        return outputs.get(name_of(ref))
+
+    def _stage_of(self, step: str) -> StageSpec:
+        return self.stages[self.steps[step].service]
+
+    def _complain(self, path: Path, message: str) -> None:
+        self.problems.append(Problem(path, message))
+
+
+def _agree(given: TensorSpec, taken: TensorSpec) -> bool:
+    """Equal datatype and rank; fixed lengths equal where both are fixed, and a symbolic one takes anything."""
+    if given.datatype != taken.datatype or len(given.shape) != len(taken.shape):
+        return False
+    pairs = zip(given.shape, taken.shape, strict=True)
+    return all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in pairs)
+
+
+def _words(tensor: TensorSpec) -> str:
+    return f"{tensor.datatype} [{', '.join(map(str, tensor.shape))}]"

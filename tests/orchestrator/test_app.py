@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from orchestrator import app
+from orchestrator.errors import Infeasible, RunFailed, UsageError
+from services.dataplane import routes as document
+from services.dataplane.routes import Routes
+
+
+class Panel:
+    """Controls that write down what was asked of them."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.refusal: Exception | None = None
+        self.answer: Routes | None = document.empty()
+
+    def status(self) -> dict[str, Any]:
+        return {"testbed": "small"}
+
+    def exposition(self) -> bytes:
+        return b"espalier_build_info 1\n"
+
+    async def routes(self, after: int, wait_s: float, gateway: str | None) -> Routes | None:
+        self.asked.append(("routes", after, wait_s, gateway))
+        return self.answer
+
+    def scale(self, service: str, replicas: int, standby: int | None) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.asked.append(("scale", service, replicas, standby))
+
+    def restart(self, services: list[str] | None) -> None:
+        self.asked.append(("restart", services))
+
+    def shut_down(self) -> None:
+        self.asked.append(("shut_down",))
+
+
+@pytest.fixture
+def panel() -> Panel:
+    return Panel()
+
+
+@pytest.fixture
+async def client(panel: Panel) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app.build(panel)), base_url="http://test") as found:
+        yield found
+
+
+async def test_a_poll_for_routes_is_passed_on_and_answered(panel: Panel, client: httpx.AsyncClient) -> None:
+    answer = await client.get("/v1/routes", params={"after": 3, "wait": 1.5, "gateway": "g"})
+    assert Routes.model_validate_json(answer.content) == document.empty()
+    assert panel.asked == [("routes", 3, 1.5, "g")]
+    panel.answer = None
+    assert (await client.get("/v1/routes")).status_code == 304
+
+
+async def test_orders_are_passed_on(panel: Panel, client: httpx.AsyncClient) -> None:
+    for path, body in (
+        ("/v1/scale", {"service": "pool", "replicas": 2}),
+        ("/v1/scale", {"service": "pool", "replicas": 2, "standby": 1}),
+        ("/v1/restart", {}),
+        ("/v1/restart", {"services": ["pool"]}),
+        ("/v1/shutdown", {}),
+    ):
+        assert (await client.post(path, json=body)).status_code == 202
+    assert panel.asked == [
+        ("scale", "pool", 2, None), ("scale", "pool", 2, 1), ("restart", None), ("restart", ["pool"]), ("shut_down",),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status"),
+    [(UsageError("no such service"), 400), (Infeasible("no room"), 409), (RunFailed("broken"), 503)],
+)
+async def test_a_refusal_says_why(panel: Panel, client: httpx.AsyncClient, refusal: Exception, status: int) -> None:
+    panel.refusal = refusal
+    answer = await client.post("/v1/scale", json={"service": "pool", "replicas": 2})
+    assert (answer.status_code, answer.json()) == (status, {"error": str(refusal)})
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"service": "pool"}, {"service": "pool", "replicas": -1}, {"service": "p", "replicas": 1, "x": 1}]
+)
+async def test_nonsense_is_refused(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
+    assert (await client.post("/v1/scale", json=body)).status_code == 422
+
+
+async def test_status_metrics_and_health_answer(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/v1/status")).json() == {"testbed": "small"}
+    assert (await client.get("/metrics")).headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert (await client.get("/health")).status_code == 200

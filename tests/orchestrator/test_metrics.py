@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from orchestrator.core import Placement, Replica
+from orchestrator.costs import Cost
+from orchestrator.metrics import Metrics
+
+
+def read(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    text = metrics.exposition().decode()
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_replicas_are_shown_by_state_and_vanish_when_they_are_gone() -> None:
+    metrics = Metrics()
+    metrics.show([Replica("p-1", "pool", "a", "ready", 1, 1)], Placement({"pool": {"a": 2}}, {}))
+    values = read(metrics)
+    assert values["espalier_replicas", "a", "pool", "ready"] == 1
+    assert values["espalier_replicas", "a", "pool", "desired"] == 2
+    metrics.show([], None)
+    assert not any(key[0] == "espalier_replicas" for key in read(metrics))
+
+
+def test_counters_follow_the_totals_they_are_given() -> None:
+    metrics = Metrics()
+    for total, cost in ((2, 1.0), (5, 4.0)):
+        metrics.runtime_acted({("start", "ok"): total})
+        metrics.spent(Cost(replicas=cost))
+    values = read(metrics)
+    assert values["espalier_controller_actions_total", "start", "ok"] == 5
+    assert values["espalier_cost_total", "replicas"] == 4.0
+    assert values["espalier_build_info", "", "0.1.0"] == 1

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator import decision_log
+from orchestrator.core import Observation, Placement, Replica, Target
+from orchestrator.costs import Prices
+from orchestrator.decision_log import DecisionLog
+from orchestrator.metrics import Metrics
+from orchestrator.runner import Runner
+from orchestrator.scaling.manual import ManualState
+from tests.orchestrator.scaling.test_manual import POLICY, seen
+
+
+class Eyes:
+    """Telemetry that tells what a test says, or fails."""
+
+    def __init__(self) -> None:
+        self.broken = False
+        self.looks = 0
+
+    async def observe(self, t: float, replicas: Sequence[Replica]) -> Observation:
+        self.looks += 1
+        if self.broken:
+            raise RuntimeError("blind")
+        return seen(t=t)
+
+
+class Hands:
+    """A runtime that writes down its orders and holds one replica."""
+
+    starts = 0
+
+    def __init__(self) -> None:
+        self.applied: list[Placement] = []
+
+    def replicas(self) -> tuple[Replica, ...]:
+        return (Replica("encode-1", "encode", "a", "ready", 0.5, 1),)
+
+    def apply(self, desired: Placement) -> None:
+        self.applied.append(desired)
+
+
+class World:
+    def __init__(self, tmp_path: Path, slot_s: float = 0.01) -> None:
+        self.eyes, self.hands, self.metrics = Eyes(), Hands(), Metrics()
+        self.orders: dict[str, Target] = {}
+        self.t = 0.0
+        self.path = tmp_path / "decisions.jsonl"
+        self.runner = Runner(
+            policy=POLICY, telemetry=self.eyes, runtime=self.hands, decisions=DecisionLog(self.path, ManualState),
+            orders=lambda: self.orders, version=lambda: 1, metrics=self.metrics, prices=Prices(start=3.0), slot_s=slot_s,
+            clock=lambda: self.t,
+        )  # fmt: skip
+
+
+async def test_a_slot_observes_decides_applies_and_logs(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.runner.tick()
+    world.orders["pool"] = Target(2, 0)
+    await world.runner.tick()
+    assert [applied.target("pool") for applied in world.hands.applied] == [Target(1, 1), Target(2, 0)]
+    assert decision_log.replay(world.path, POLICY) == decision_log.Replay(2, ())
+    assert b'espalier_controller_actions_total{action="apply",result="ok"} 2.0' in world.metrics.exposition()
+
+
+async def test_a_hold_applies_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.orders["encode"] = Target(50)
+    await world.runner.tick()
+    assert world.hands.applied == []
+    assert world.runner.decision is not None
+    assert world.runner.decision.desired is None
+
+
+async def test_a_slot_that_fails_is_counted_and_the_next_one_comes(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.eyes.broken = True
+    loop = asyncio.create_task(world.runner.run())
+    async with asyncio.timeout(5):
+        while world.eyes.looks < 3:
+            await asyncio.sleep(0.005)
+        world.eyes.broken = False
+        while not world.hands.applied:
+            await asyncio.sleep(0.005)
+    loop.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await loop
+    assert world.runner.failed_slots >= 3
+    assert b'espalier_controller_actions_total{action="tick",result="failed"}' in world.metrics.exposition()
+
+
+async def test_an_order_ends_the_wait_between_slots(tmp_path: Path) -> None:
+    world = World(tmp_path, slot_s=60.0)
+    loop = asyncio.create_task(world.runner.run())
+    async with asyncio.timeout(5):
+        while world.eyes.looks < 1:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.02)
+        world.runner.wake()
+        while world.eyes.looks < 2:
+            await asyncio.sleep(0.005)
+    loop.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await loop
+
+
+async def test_the_cost_is_that_of_the_time_between_the_slots(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.t, world.hands.starts = 10.0, 2
+    await world.runner.tick()
+    assert (world.runner.cost.replicas, world.runner.cost.starts) == (5.0, 6.0)

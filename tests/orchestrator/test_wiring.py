@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+
+from orchestrator import testbed as testbeds
+from orchestrator import wiring
+from orchestrator.testbed import Loaded
+from tests.orchestrator.examples import MANIFEST, TESTBED, load
+
+TWO_BRANCHES = """\
+    steps:
+      - {id: tokenise, service: tokenise, inputs: {text: request.text}}
+      - {id: encode, service: encode}
+      - {id: other_tokenise, service: tokenise, inputs: {text: request.other}}
+      - {id: other_encode, service: encode}
+      - {id: pool, service: pool, after: encode}
+    outputs: {embedding: pool.embedding, other: other_encode.last_hidden_state}
+"""
+
+
+def problems(loaded: Loaded) -> list[str]:
+    found = wiring.wire(loaded.testbed, {"tiny": MANIFEST}).problems
+    return list(loaded.complain(found).problems)
+
+
+def with_steps(block: str) -> str:
+    start, end = TESTBED.index("    steps:"), TESTBED.index("gateway:")
+    return TESTBED[:start] + block + TESTBED[end:]
+
+
+def test_unnamed_inputs_come_from_the_nearest_earlier_step_that_outputs_them() -> None:
+    wired = wiring.wire(load().testbed, {"tiny": MANIFEST})
+    assert not wired.problems
+    assert [dict(step.inputs) for step in wired.pipelines["embed"].steps] == [
+        {"text": "request.text"},
+        {"input_ids": "tokenise.input_ids", "attention_mask": "tokenise.attention_mask"},
+        {"last_hidden_state": "encode.last_hidden_state", "attention_mask": "tokenise.attention_mask"},
+    ]
+    assert wired.tiers == {"tokenise": "light", "encode": "core", "pool": "light"}
+
+
+def test_after_looks_only_at_a_step_and_its_ancestors() -> None:
+    wired = wiring.wire(load(with_steps(TWO_BRANCHES)).testbed, {"tiny": MANIFEST})
+    steps = {step.id: dict(step.inputs) for step in wired.pipelines["embed"].steps}
+    assert steps["other_encode"]["input_ids"] == "other_tokenise.input_ids"
+    assert steps["pool"] == {"last_hidden_state": "encode.last_hidden_state", "attention_mask": "tokenise.attention_mask"}
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "problem"),
+    [
+        ("stage: pool,", "stage: pol,", "12: services.pool.stage: model 'tiny' has no stage 'pol'; did you mean pool?"),
+        ("stage: pool,", "stage: pool, precision: int8,",
+         "12: services.pool.precision: stage 'pool' was exported as float32, not as int8"),
+        ("stage: pool,", "stage: pool, tier: core,", "12: services.pool.tier: the manifest says that 'pool' is light"),
+        ("inputs: {text: request.text}", "inputs: {txt: request.text}",
+         "18: pipelines.embed.steps[0].inputs.txt: service 'tokenise' takes no tensor 'txt'; did you mean text?"),
+        ("{id: encode, service: encode}", "{id: encode, service: encode, inputs: {input_ids: tokenise.ids}}",
+         "19: pipelines.embed.steps[1].inputs.input_ids: step 'tokenise' gives no tensor 'ids'; "
+         "it gives input_ids, attention_mask"),
+        ("{id: pool, service: pool}", "{id: pool, service: pool, after: tokenise}",
+
+         "20: pipelines.embed.steps[2]: neither 'tokenise' nor its ancestors give the input 'last_hidden_state' "
+         "of step 'pool'; name it under inputs"),
+        ("{id: pool, service: pool}", "{id: pool, service: pool, inputs: {attention_mask: encode.last_hidden_state}}",
+         "20: pipelines.embed.steps[2].inputs.attention_mask: encode.last_hidden_state is FP32 [batch, seq, 384], "
+         "but 'pool' takes INT64 [batch, seq]"),
+        ("{id: pool, service: pool}", "{id: pool, service: pool, inputs: {attention_mask: request.text}}",
+         "20: pipelines.embed.steps[2].inputs.attention_mask: request.text is BYTES [batch], but 'pool' takes "
+         "INT64 [batch, seq]"),
+        ("outputs: {embedding: pool.embedding}", "outputs: {embedding: pool.embeding}",
+         "21: pipelines.embed.outputs.embedding: step 'pool' gives no tensor 'embeding'; did you mean embedding?"),
+        ("outputs: {embedding: pool.embedding}", "outputs: {embedding: request.other}",
+         "21: pipelines.embed.outputs.embedding: request.other is taken by no step, so the request has no such tensor"),
+    ],
+)  # fmt: skip
+def test_an_edge_that_does_not_fit_is_named_in_the_file(good: str, bad: str, problem: str) -> None:
+    found = problems(load(TESTBED.replace(good, bad, 1)))
+    assert f"small.yaml:{problem}" in found
+
+
+def test_a_cycle_closed_by_a_wire_is_a_problem_too() -> None:
+    block = (
+        "    steps:\n"
+        "      - {id: encode, service: encode, inputs: {input_ids: tokenise.input_ids, attention_mask: request.mask}}\n"
+        "      - {id: pool, service: pool, inputs: {attention_mask: request.mask}}\n"
+        "      - {id: tokenise, service: tokenise, inputs: {text: pool.embedding}}\n"
+        "    outputs: {embedding: pool.embedding}\n"
+    )
+    # A stage that makes text of embeddings, so that only the cycle is wrong.
+    stages = [
+        stage.model_copy(update={"inputs": (MANIFEST.stages[2].outputs[0].model_copy(update={"name": "text"}),)})
+        if stage.name == "tokenise"
+        else stage
+        for stage in MANIFEST.stages
+    ]
+    loaded = load(with_steps(block))
+    found = wiring.wire(loaded.testbed, {"tiny": MANIFEST.model_copy(update={"stages": tuple(stages)})}).problems
+    assert [testbeds.dotted(problem.path) for problem in found] == ["pipelines.embed.steps"]
