@@ -29,7 +29,7 @@ up: $(READY) ## export the models and start TESTBED (default: the demo's) in the
 	$(BIN)/espalier up $(TESTBED)
 
 down: $(READY) ## drain and stop what `make up` started
-	$(BIN)/espalier down $(TESTBED)
+	$(BIN)/espalier down --testbed $(TESTBED)
 
 test: $(READY) ## every test
 	$(BIN)/pytest

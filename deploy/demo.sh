@@ -7,7 +7,7 @@ testbed=deploy/testbeds/demo.yaml
 report=out/demo/report.json
 
 espalier export "$testbed"
-trap 'espalier down "$testbed"' EXIT
+trap 'espalier down --testbed "$testbed"' EXIT
 espalier up "$testbed"
 espalier bench "$testbed" --report "$report"
 echo "report: $report"

@@ -55,7 +55,17 @@ _state_dir = click.option(
     "--state-dir", type=click.Path(path_type=Path, file_okay=False),
     help="Records and logs of a running testbed [default: out/run/NAME].",
 )  # fmt: skip
-_name = click.option("--testbed", "name", default="demo", show_default=True, help="Name of a running testbed.")
+
+
+def _running(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """The name of a running testbed: as it was given, or as the file says that was given instead."""
+    path = Path(value)
+    return testbeds.load(path).testbed.name if path.suffix in (".yaml", ".yml") else value
+
+
+_name = click.option(
+    "--testbed", "name", default="demo", show_default=True, callback=_running, help="A running testbed: its name or its file."
+)
 _output = click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="What goes to stdout."
 )
