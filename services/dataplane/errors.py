@@ -16,7 +16,7 @@
     ├── NoReplica       503  no replica of a stage is ready
     └── Expired         504  the deadline passed, or would have before the work was done
 
-Every raise becomes `body()` with the class's status in one place, `services.asgi`.
+Every raise becomes `body()` with the class's status in one place, `services.hotpath`.
 """
 
 from __future__ import annotations

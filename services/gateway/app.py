@@ -12,7 +12,6 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
 from services import exposition, oip
-from services.asgi import Endpoint, Front
 from services.dataplane.errors import NotFound
 from services.dataplane.routing import RouteBook
 from services.dataplane.wire import Limits
@@ -21,6 +20,7 @@ from services.gateway.openai import OpenAI, error_shape
 from services.gateway.service import VERSION, GatewayService
 from services.gateway.subscription import Subscription
 from services.gateway.table import Plan, Table
+from services.hotpath import Endpoint, Front
 from services.transport import Transport
 
 
@@ -97,8 +97,10 @@ def build(gateway: Gateway) -> Front:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with gateway.running() as service:
-            openai = OpenAI(service, gateway.limits)
-            front.open(Endpoint(service.infer), {"/v1/embeddings": Endpoint(openai.embeddings, error_shape)})
+            openai = OpenAI(service)
+            limit = gateway.limits.body_bytes
+            embeddings = Endpoint(openai.embeddings, body_limit=limit, shape=error_shape)
+            front.open(Endpoint(service.infer, body_limit=limit), {"/v1/embeddings": embeddings})
             app.add_api_route("/v1/models", openai.models, methods=["GET"])
             yield
 

@@ -7,20 +7,17 @@ published OpenAPI document of the OpenAI API (2.3.0), embeddings.
 from __future__ import annotations
 
 import base64
-import time
 from typing import Any, Literal
 
 import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.types import Receive, Scope
 
-from services import asgi
-from services.asgi import Answer
 from services.dataplane.errors import BadRequest, TaskError
-from services.dataplane.wire import Array, Limits, Tensor
+from services.dataplane.wire import Array, Tensor
 from services.gateway.service import GatewayService, trace_of
 from services.gateway.table import Plan
+from services.hotpath import JSON, Answer, Request
 
 EMBEDDING, TOKEN_COUNT = "embedding", "token_count"
 
@@ -47,9 +44,8 @@ def error_shape(error: TaskError) -> dict[str, Any]:
 class OpenAI:
     """The routes, over one gateway."""
 
-    def __init__(self, service: GatewayService, limits: Limits) -> None:
+    def __init__(self, service: GatewayService) -> None:
         self._service = service
-        self._limits = limits
 
     def models(self) -> dict[str, Any]:
         """`GET /v1/models`: the pipelines these routes can serve."""
@@ -59,11 +55,9 @@ class OpenAI:
             "data": [{"id": name, "object": "model", "created": 0, "owned_by": "espalier"} for name in names],
         }
 
-    async def embeddings(self, scope: Scope, receive: Receive) -> Answer:
-        """`POST /v1/embeddings`; see `services.asgi.Endpoint`."""
-        arrived = time.monotonic()
-        headers = asgi.headers_of(scope)
-        request = _parse(await asgi.read_body(receive, headers, self._limits.body_bytes))
+    async def embeddings(self, asked: Request) -> Answer:
+        """`POST /v1/embeddings`; see `services.hotpath.Endpoint`."""
+        request = _parse(asked.body)
         plan = self._service.plan(request.model)
         name = text_input(plan)
         if name is None:
@@ -74,9 +68,8 @@ class OpenAI:
         array = np.empty(len(texts), dtype=object)
         array[:] = [text.encode() for text in texts]
         tensors = {f"request.{name}": Tensor(name, "BYTES", array)}
-        until = self._service.deadline(plan, headers, {}, arrived)
-        work = self._service.run(plan, tensors, until, trace_of(headers))
-        answered = await asgi.while_connected(work, receive)
+        until = self._service.deadline(plan, asked, {})
+        answered = await self._service.run(plan, tensors, until, trace_of(asked.headers))
         counts = answered.tensors.get(TOKEN_COUNT)
         used = int(counts.array.sum()) if counts is not None else 0
         body = {
@@ -89,7 +82,7 @@ class OpenAI:
             "usage": {"prompt_tokens": used, "total_tokens": used},
         }
         encoded = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-        return 200, [asgi.JSON, *self._service.answer_headers(headers, answered)], encoded
+        return Answer(200, [JSON, *self._service.answer_headers(asked.headers, answered)], encoded)
 
 
 def text_input(plan: Plan) -> str | None:

@@ -8,10 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import Receive, Scope
-
-from services import asgi
-from services.asgi import Answer
 from services.dataplane import deadline, itinerary, wire
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import (
@@ -31,6 +27,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.subscription import Subscription
 from services.gateway.table import Plan, Table
 from services.gateway.walk import Hops, Walker
+from services.hotpath import Answer, Request
 from services.transport import Transport
 
 VERSION = "1"
@@ -90,22 +87,19 @@ class GatewayService:
             raise NotFound(f"pipeline {model!r} has no version {version!r}, only {VERSION}")
         return plan
 
-    async def infer(self, scope: Scope, receive: Receive) -> Answer:
-        """Serve `POST /v2/models/PIPELINE/infer`; see `services.asgi.Endpoint`."""
-        arrived = time.monotonic()
-        headers = asgi.headers_of(scope)
+    async def infer(self, request: Request) -> Answer:
+        """Serve `POST /v2/models/PIPELINE/infer`; see `services.hotpath.Endpoint`."""
+        headers = request.headers
         try:
-            parameters = scope["path_params"]
-            plan = self.plan(parameters["model"], parameters.get("version", VERSION))
-            body = await asgi.read_body(receive, headers, self._limits.body_bytes)
-            message = wire.decode_request(body, headers.get(wire.HEADER_LENGTH), self._limits)
+            plan = self.plan(request.parameters["model"], request.parameters.get("version", VERSION))
+            message = wire.decode_request(request.body, headers.get(wire.HEADER_LENGTH), self._limits)
             tensors = _inputs(plan, message)
             wanted = _wanted(plan, message)
-            until = self.deadline(plan, headers, message.parameters, arrived)
+            until = self.deadline(plan, request, message.parameters)
         except TaskError as error:
             self._metrics.bad_request(error.reason)
             raise
-        answered = await asgi.while_connected(self.run(plan, tensors, until, trace_of(headers)), receive)
+        answered = await self.run(plan, tensors, until, trace_of(headers))
         response = Message(
             tensors=tuple(answered.tensors[name] for name in wanted),
             id=message.id,
@@ -115,7 +109,7 @@ class GatewayService:
         encoded, header_length = wire.encode_response(response, model=plan.pipeline.name, version=VERSION)
         media, extra = wire.media_type(header_length)
         answer_headers = [(b"content-type", media.encode()), *((k.encode(), v.encode()) for k, v in extra.items())]
-        return 200, [*answer_headers, *self.answer_headers(headers, answered)], encoded
+        return Answer(200, [*answer_headers, *self.answer_headers(headers, answered)], encoded)
 
     async def run(self, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Mapping[str, str]) -> Answered:
         """Compute a task and count its outcome, whatever it is.
@@ -152,11 +146,11 @@ class GatewayService:
             now = time.monotonic()
             self._metrics.task(plan.pipeline.name, outcome, now - until.arrived, until.remaining_s(now))
 
-    def deadline(self, plan: Plan, headers: Mapping[str, str], parameters: Mapping[str, Any], arrived: float) -> Deadline:
+    def deadline(self, plan: Plan, request: Request, parameters: Mapping[str, Any]) -> Deadline:
         """The task's deadline: what the request says, else the pipeline's."""
         default_s = plan.pipeline.deadline_s
-        budget_s = deadline.read_budget_s(headers, parameters, default_s=default_s, maximum_s=LONGEST_DEADLINE_S)
-        return Deadline(arrived, budget_s)
+        budget_s = deadline.read_budget_s(request.headers, parameters, default_s=default_s, maximum_s=LONGEST_DEADLINE_S)
+        return Deadline(request.arrived, budget_s)
 
     def answer_headers(self, headers: Mapping[str, str], answered: Answered) -> list[tuple[bytes, bytes]]:
         """`Server-Timing` with queue, compute and way of each hop [ms], and the request's id again."""

@@ -1,6 +1,6 @@
 """The stage's FastAPI app: the Open Inference Protocol's routes around one `StageService`.
 
-Inference goes by `services.asgi.Front`; the rest are FastAPI's own and documented at /docs.
+Inference goes by `services.hotpath.Front`; the rest are FastAPI's own and documented at /docs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from fastapi.responses import JSONResponse
 
 from models.manifest import Manifest, StageSpec
 from services import exposition, oip
-from services.asgi import Endpoint, Front
 from services.dataplane.errors import NotFound
 from services.dataplane.routing import RetryBudget, RouteBook
 from services.dataplane.service_time import ServiceEstimate
 from services.dataplane.wire import Limits
 from services.forward import Forwarder
+from services.hotpath import Endpoint, Front
 from services.stage.metrics import StageMetrics
 from services.stage.processors import Processor
 from services.stage.service import VERSION, Identity, StageService
@@ -135,7 +135,7 @@ def build(replica: Replica) -> Front:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with replica.running() as service:
-            front.open(Endpoint(service.infer))
+            front.open(Endpoint(service.infer, body_limit=service.limits.body_bytes))
             yield
 
     app = FastAPI(title=f"Espalier stage {replica.spec.name}", lifespan=lifespan)

@@ -5,22 +5,20 @@ The same endpoint serves the gateway's itineraries and anybody's plain Open Infe
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import Receive, Scope
-
 from models.manifest import StageSpec
-from services import asgi
-from services.asgi import Answer
 from services.dataplane import deadline, itinerary, wire
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import BadRequest, Expired, NotFound, QueueFull, TaskError, UpstreamFailed
 from services.dataplane.itinerary import Hop
 from services.dataplane.wire import Limits, Message, Tensor
 from services.forward import TRACE_HEADERS, Call, Forwarder
+from services.hotpath import Answer, Request
 from services.stage import tensors
 from services.stage.metrics import StageMetrics
 from services.stage.worker import Result, Worker
@@ -61,24 +59,23 @@ class StageService:
         self._worker = worker
         self._forwarder = forwarder
         self._metrics = metrics
-        self._limits = limits
+        self.limits = limits
         self._max_in_flight = max_in_flight
 
-    async def infer(self, scope: Scope, receive: Receive) -> Answer:
-        """Serve one request; see `services.asgi.Endpoint`."""
-        arrived = time.monotonic()
-        self._check_path(scope["path_params"])
+    async def infer(self, request: Request) -> Answer:
+        """Serve one request; see `services.hotpath.Endpoint`."""
+        self._check_path(request.parameters)
         if self.in_flight >= self._max_in_flight:
             self._metrics.dropped("queue_full")
             raise QueueFull(f"stage {self.spec.name!r} holds {self.in_flight} requests already", retry_after_s=1.0)
         self.in_flight += 1
         try:
-            answer = await self._answer(asgi.headers_of(scope), receive, arrived)
+            answer = await self._answer(request)
         except TaskError as error:
             self._metrics.ended(error.reason)
             error.stage = error.stage or self.identity.service
             raise
-        except asgi.ClientGone:
+        except asyncio.CancelledError:
             self._metrics.ended("cancelled")
             raise
         except Exception:
@@ -90,17 +87,17 @@ class StageService:
         finally:
             self.in_flight -= 1
 
-    async def _answer(self, headers: Mapping[str, str], receive: Receive, arrived: float) -> Answer:
-        body = await asgi.read_body(receive, headers, self._limits.body_bytes)
-        message = wire.decode_request(body, headers.get(wire.HEADER_LENGTH), self._limits)
+    async def _answer(self, request: Request) -> Answer:
+        headers = request.headers
+        message = wire.decode_request(request.body, headers.get(wire.HEADER_LENGTH), self.limits)
         until = Deadline(
-            arrived,
+            request.arrived,
             deadline.read_budget_s(headers, message.parameters, default_s=DEFAULT_DEADLINE_S, maximum_s=LONGEST_DEADLINE_S),
         )
         if itinerary.PARAMETER not in message.parameters:
-            return await asgi.while_connected(self._plain(message, until), receive)
+            return await self._plain(message, until)
         hops = itinerary.from_parameter(message.parameters[itinerary.PARAMETER])
-        return await asgi.while_connected(self._walk(message, hops, until, headers), receive)
+        return await self._walk(message, hops, until, headers)
 
     # --- a plain request ------------------------------------------------------------------------------------------------
 
@@ -114,7 +111,7 @@ class StageService:
         )
         encoded, header_length = wire.encode_response(answer, model=self.identity.service, version=VERSION)
         timing = f"q;dur={result.queue_s * 1e3:.3f}, c;dur={result.compute_s * 1e3:.3f}".encode()
-        return 200, [*_content(header_length), (b"server-timing", timing)], encoded
+        return Answer(200, [*_content(header_length), (b"server-timing", timing)], encoded)
 
     def _wanted(self, message: Message) -> tuple[str, ...]:
         names = tuple(tensor.name for tensor in self.spec.outputs)
@@ -144,7 +141,7 @@ class StageService:
             encoded, header_length = wire.encode_response(
                 Message(kept, parameters=parameters, binary=True), model=self.identity.service, version=VERSION
             )
-            return 200, _content(header_length), encoded
+            return Answer(200, _content(header_length), encoded)
         return await self._forward(here, hops[1:], kept, result, until, headers)
 
     async def _forward(
@@ -186,7 +183,7 @@ class StageService:
             encoded, header_length = wire.amend_parameters(answer.body, answer.headers.get(wire.HEADER_LENGTH), insert)
         except (BadRequest, ValueError) as error:
             raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
-        return 200, _content(header_length), encoded
+        return Answer(200, _content(header_length), encoded)
 
     def _measured(self, hops: list[dict[str, Any]], call: Call) -> list[dict[str, Any]]:
         """The hops behind the next one, with the time the call to it spent on the way."""

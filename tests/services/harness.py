@@ -27,6 +27,7 @@ from services.dataplane.routes import Routes, Service
 from services.dataplane.wire import Array
 from services.gateway import app as gateway_app
 from services.gateway.app import Gateway
+from services.server import configuration
 from services.stage import app as stage_app
 from services.stage.app import Replica
 from services.stage.processors import Processor
@@ -55,8 +56,7 @@ async def serving(app: ASGIApp) -> AsyncIterator[str]:
     """Serve an app on a free port of loopback; yields its address."""
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    config = uvicorn.Config(app, log_config=None, lifespan="on", http="httptools", timeout_graceful_shutdown=1)
-    server = _Server(config)
+    server = _Server(configuration(app, 1.0))
     task = asyncio.ensure_future(server.serve(sockets=[listener]))
     waiter = asyncio.ensure_future(server.listening.wait())
     await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from models.manifest import ServiceLaw
-from services import asgi
 from services.dataplane import deadline, itinerary, wire
 from services.dataplane.batching import DeadlineQueue, Waiting, next_batch
 from services.dataplane.deadline import Deadline
@@ -23,6 +23,7 @@ from services.dataplane.routing import RetryBudget, RouteBook
 from services.dataplane.service_time import ServiceEstimate
 from services.dataplane.wire import Array, Message, Tensor
 from services.forward import Call, Forwarder
+from services.hotpath import Answer, Endpoint, Front, Request
 from services.transport import Transport
 from tests.services import harness
 from tests.services.harness import Doubler, Gate, chain, document, infer, numbers, outcomes, reason, replica, result
@@ -89,7 +90,7 @@ async def test_d3_a_budget_over_a_minute_is_a_minute(tmp_path: Path) -> None:
             gate.open.set()
             service = gateway._service
             assert service is not None
-            until = service.deadline(service.plan("task"), {"x-request-timeout-seconds": "9000"}, {}, 0.0)
+            until = service.deadline(service.plan("task"), Request({}, {"x-request-timeout-seconds": "9000"}, b"", 0.0), {})
             assert until.budget_s == 60.0
             assert (await infer(url, "task", 1.0, headers={"x-request-timeout-seconds": "9000"})).status == 200
 
@@ -123,26 +124,17 @@ async def test_d5_a_slow_upload_spends_its_own_time(tmp_path: Path) -> None:
 async def test_d6_a_hop_is_told_what_remains() -> None:
     seen: list[dict[str, Any]] = []
 
-    async def stage(scope: Any, receive: Any) -> asgi.Answer:
-        message = wire.decode_request(
-            await asgi.read_body(receive, {}, 10_000), asgi.headers_of(scope).get(wire.HEADER_LENGTH), wire.Limits()
-        )
+    async def stage(request: Request) -> Answer:
+        message = wire.decode_request(request.body, request.headers.get(wire.HEADER_LENGTH), wire.Limits())
         seen.append(dict(message.parameters))
         parameters = {itinerary.HOPS: [{"replica": "next-0", "total_s": 0.0}]}
         encoded, length = wire.encode_response(
             Message((Tensor("next.y", "FP32", numbers(4.0)),), parameters=parameters, binary=True), model="next"
         )
-        return 200, [(wire.HEADER_LENGTH.encode(), str(length).encode())], encoded
+        return Answer(200, [(wire.HEADER_LENGTH.encode(), str(length).encode())], encoded)
 
-    async def recorder(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            await receive()
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-            await send({"type": "lifespan.shutdown.complete"})
-            return
-        await asgi.Endpoint(stage)(scope, receive, send)
-
+    recorder = Front(FastAPI())
+    recorder.open(Endpoint(stage, body_limit=10_000), {"/": Endpoint(stage, body_limit=10_000)})
     async with harness.serving(recorder) as following, harness.stages(replica(Doubler())) as [first]:
         hops = (
             Hop("double", "double", (), {"x": "request.x"}, ("double.y",), 0.0),

@@ -10,6 +10,7 @@ import pytest
 
 from services.dataplane import wire
 from services.dataplane.pipeline import Pipeline, Step
+from services.hotpath import Request
 from services.transport import Transport
 from tests.services import harness
 from tests.services.harness import Doubler, Gate, chain, document, infer, outcomes, reason, replica, result
@@ -126,9 +127,9 @@ async def test_trace_headers_reach_every_hop(tmp_path: Path) -> None:
             assert service is not None
             inner = service._answer
 
-            async def spy(headers: dict[str, str], *rest: object, inner: object = inner) -> object:
-                seen.append(headers)
-                return await inner(headers, *rest)  # type: ignore[operator]
+            async def spy(request: Request, inner: object = inner) -> object:
+                seen.append(dict(request.headers))
+                return await inner(request)  # type: ignore[operator]
 
             service._answer = spy  # type: ignore[assignment]
         kept = document([chain("first", "double")], {"first": [a], "double": [b]})
