@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +15,13 @@ from starlette.exceptions import HTTPException
 from models.manifest import TensorSpec
 from services.dataplane.errors import TaskError
 
-EXTENSIONS = ("binary_tensor_data", "schedule_policy")
+EXTENSIONS = ("binary_tensor_data",)
+
+
+def new_app(title: str, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]]) -> FastAPI:
+    """An empty app. No /docs page: it would load its scripts from afar, and edge sites are cut off; /openapi.json is there."""
+    off: Any = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}
+    return FastAPI(title=title, lifespan=lifespan, docs_url=None, redoc_url=None, telemetry=off)
 
 
 def tensor_metadata(tensor: TensorSpec) -> dict[str, Any]:
@@ -36,15 +43,15 @@ def add_server_routes(app: FastAPI, ready: Callable[[], bool]) -> None:
     """Health and server metadata."""
 
     @app.get("/v2/health/live")
-    def live() -> dict[str, bool]:
+    async def live() -> dict[str, bool]:
         return {"live": True}
 
     @app.get("/v2/health/ready")
-    def server_ready() -> JSONResponse:
+    async def server_ready() -> JSONResponse:
         return readiness(ready())
 
     @app.get("/v2")
-    def server() -> dict[str, Any]:
+    async def server() -> dict[str, Any]:
         return {"name": "espalier", "version": version("espalier"), "extensions": list(EXTENSIONS)}
 
 

@@ -24,6 +24,10 @@ from services.hotpath import Answer, Endpoint, Front, Request
 QUIET_S = 0.5
 """Nothing in flight for this long ends the drain early."""
 _POLL_S = 0.05
+READ_S = 30.0
+"""Longest time from a request's first byte to its last; then the connection is cut."""
+HEADER_BYTES = 64 << 10
+"""Most bytes of a request's headers; with more the connection is cut."""
 GC_THRESHOLDS = (20_000, 20, 20)
 """A request leaves no cycles; collecting after every 700 allocations, Python's default, is a pause in nearly every one."""
 
@@ -83,11 +87,26 @@ class HotProtocol(HttpToolsProtocol):
     working: _HotCycle | None = None
     """and the one being answered."""
 
+    _patience: asyncio.TimerHandle | None = None
+    """Runs from a request's first byte to its last."""
+    _header_bytes = 0
+
     def on_message_begin(self) -> None:
         """Keep what headers need; uvicorn's scope is made only for requests that go its way."""
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
+        self._header_bytes = 0
+        if self._patience is None:
+            self._patience = self.loop.call_later(READ_S, self.transport.abort)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Bound what headers may hold; the parser does not."""
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > HEADER_BYTES:
+            self.transport.abort()
+        else:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Take the request, or hand it to uvicorn."""
@@ -115,6 +134,7 @@ class HotProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Start on a hot request, or let it wait for its turn."""
+        self._be_patient_no_more()
         if self.reading is not None:
             hot, self.reading = self.reading, None
             if hot.waits:
@@ -134,9 +154,15 @@ class HotProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone, and with it the wish for an answer."""
+        self._be_patient_no_more()
         if self.working is not None:
             self.working.cancel()
         super().connection_lost(exc)
+
+    def _be_patient_no_more(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
 
 class _HotCycle:

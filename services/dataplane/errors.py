@@ -51,6 +51,7 @@ class TaskError(Exception):
         self.budget_s = budget_s
         self.elapsed_s = elapsed_s
         self.hops = hops if hops is not None else []
+        self.request_id: str | None = None
 
     def body(self) -> dict[str, Any]:
         """The JSON error object: error, reason, and whatever of stage, budget_ms, elapsed_ms and hops is known."""
@@ -66,10 +67,13 @@ class TaskError(Exception):
         return body
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """`Retry-After` in whole seconds, at least 1 (RFC 9110, 10.2.3), where the error knows when to come back."""
-        if self.retry_after_s is None:
-            return []
-        return [(b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode())]
+        """`Retry-After` in whole seconds, at least 1 (RFC 9110, 10.2.3), and the request's id, where they are known."""
+        headers = []
+        if self.retry_after_s is not None:
+            headers.append((b"retry-after", str(max(1, math.ceil(self.retry_after_s))).encode()))
+        if self.request_id is not None:
+            headers.append((b"x-request-id", self.request_id.encode("latin-1")))
+        return headers
 
 
 class BadRequest(TaskError):

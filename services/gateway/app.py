@@ -20,7 +20,7 @@ from services.gateway.openai import OpenAI, error_shape
 from services.gateway.service import VERSION, GatewayService
 from services.gateway.subscription import Subscription
 from services.gateway.table import Plan, Table
-from services.hotpath import Endpoint, Front
+from services.hotpath import Answer, Endpoint, Front, Request
 from services.transport import Transport
 
 
@@ -99,19 +99,28 @@ def build(gateway: Gateway) -> Front:
         async with gateway.running() as service:
             openai = OpenAI(service)
             limit = gateway.limits.body_bytes
-            embeddings = Endpoint(openai.embeddings, body_limit=limit, shape=error_shape)
-            front.open(Endpoint(service.infer, body_limit=limit), {"/v1/embeddings": embeddings})
+
+            async def infer(request: Request) -> Answer:
+                return await service.serve(request, service.infer)
+
+            async def embeddings(request: Request) -> Answer:
+                return await service.serve(request, openai.embeddings)
+
+            front.open(
+                Endpoint(infer, body_limit=limit),
+                {"/v1/embeddings": Endpoint(embeddings, body_limit=limit, shape=error_shape)},
+            )
             app.add_api_route("/v1/models", openai.models, methods=["GET"])
             yield
 
-    app = FastAPI(title="Espalier gateway", lifespan=lifespan)
+    app = oip.new_app("Espalier gateway", lifespan)
     front = Front(app)
     oip.add_error_shape(app)
     oip.add_server_routes(app, lambda: gateway.ready)
 
     @app.get("/v2/models/{model}")
     @app.get("/v2/models/{model}/versions/{version}")
-    def metadata(model: str, version: str | None = None) -> dict[str, Any]:
+    async def metadata(model: str, version: str | None = None) -> dict[str, Any]:
         plan = gateway.plan(model, version)
         return {
             "name": model,
@@ -128,12 +137,12 @@ def build(gateway: Gateway) -> Front:
 
     @app.get("/v2/models/{model}/ready")
     @app.get("/v2/models/{model}/versions/{version}/ready")
-    def model_ready(model: str, version: str | None = None) -> JSONResponse:
+    async def model_ready(model: str, version: str | None = None) -> JSONResponse:
         gateway.plan(model, version)
         return oip.readiness(gateway.subscription.table.ready(model) and not gateway.draining, name=model)
 
     @app.get("/metrics")
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(gateway.metrics.exposition(), media_type=exposition.MEDIA_TYPE)
 
     return front

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.dataplane.errors import BadRequest, TaskError
 from services.dataplane.wire import Array, Tensor
-from services.gateway.service import GatewayService, trace_of
+from services.gateway.service import GatewayService, Trace, server_timing
 from services.gateway.table import Plan
 from services.hotpath import JSON, Answer, Request
 
@@ -47,7 +47,7 @@ class OpenAI:
     def __init__(self, service: GatewayService) -> None:
         self._service = service
 
-    def models(self) -> dict[str, Any]:
+    async def models(self) -> dict[str, Any]:
         """`GET /v1/models`: the pipelines these routes can serve."""
         names = [name for name, plan in self._service.table.plans.items() if text_input(plan) is not None]
         return {
@@ -55,21 +55,23 @@ class OpenAI:
             "data": [{"id": name, "object": "model", "created": 0, "owned_by": "espalier"} for name in names],
         }
 
-    async def embeddings(self, asked: Request) -> Answer:
-        """`POST /v1/embeddings`; see `services.hotpath.Endpoint`."""
-        request = _parse(asked.body)
-        plan = self._service.plan(request.model)
-        name = text_input(plan)
-        if name is None:
-            raise BadRequest(f"pipeline {request.model!r} makes no embeddings of texts; see /v1/models")
-        if request.dimensions is not None and request.dimensions != plan.outputs[EMBEDDING].shape[-1]:
-            raise BadRequest(f"dimensions: model {request.model!r} has {plan.outputs[EMBEDDING].shape[-1]} and cannot be cut")
+    async def embeddings(self, asked: Request, trace: Trace) -> Answer:
+        """`POST /v1/embeddings`, by way of `GatewayService.serve`."""
+        with self._service.reading():
+            request = _parse(asked.body)
+            plan = self._service.plan(request.model)
+            name = text_input(plan)
+            if name is None:
+                raise BadRequest(f"pipeline {request.model!r} makes no embeddings of texts; see /v1/models")
+            length = plan.outputs[EMBEDDING].shape[-1]
+            if request.dimensions is not None and request.dimensions != length:
+                raise BadRequest(f"dimensions: model {request.model!r} has {length} and cannot be cut")
+            until = self._service.deadline(plan, asked, {})
         texts = [request.input] if isinstance(request.input, str) else request.input
         array = np.empty(len(texts), dtype=object)
         array[:] = [text.encode() for text in texts]
         tensors = {f"request.{name}": Tensor(name, "BYTES", array)}
-        until = self._service.deadline(plan, asked, {})
-        answered = await self._service.run(plan, tensors, until, trace_of(asked.headers))
+        answered = await self._service.run(plan, tensors, until, trace)
         counts = answered.tensors.get(TOKEN_COUNT)
         used = int(counts.array.sum()) if counts is not None else 0
         body = {
@@ -82,7 +84,7 @@ class OpenAI:
             "usage": {"prompt_tokens": used, "total_tokens": used},
         }
         encoded = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-        return Answer(200, [JSON, *self._service.answer_headers(asked.headers, answered)], encoded)
+        return Answer(200, [JSON, server_timing(answered)], encoded)
 
 
 def text_input(plan: Plan) -> str | None:

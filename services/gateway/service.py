@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,10 @@ from services.gateway.walk import Hops, Walker
 from services.hotpath import Answer, Request
 from services.transport import Transport
 
+Trace = dict[str, str]
+"""Headers that every stage gets too, among them the request's id."""
+
+REQUEST_ID = "x-request-id"
 VERSION = "1"
 LONGEST_DEADLINE_S = 60.0
 REFUSALS = (BadRequest, NotFound, TooLarge, QueueFull, Overloaded, NoReplica)
@@ -87,19 +92,35 @@ class GatewayService:
             raise NotFound(f"pipeline {model!r} has no version {version!r}, only {VERSION}")
         return plan
 
-    async def infer(self, request: Request) -> Answer:
-        """Serve `POST /v2/models/PIPELINE/infer`; see `services.hotpath.Endpoint`."""
-        headers = request.headers
+    async def serve(self, request: Request, work: Callable[[Request, Trace], Awaitable[Answer]]) -> Answer:
+        """Give a request its id, which goes with it to every stage and comes back on whatever becomes of it."""
+        trace = trace_of(request.headers)
         try:
-            plan = self.plan(request.parameters["model"], request.parameters.get("version", VERSION))
-            message = wire.decode_request(request.body, headers.get(wire.HEADER_LENGTH), self._limits)
-            tensors = _inputs(plan, message)
-            wanted = _wanted(plan, message)
-            until = self.deadline(plan, request, message.parameters)
+            answer = await work(request, trace)
+        except TaskError as error:
+            error.request_id = trace[REQUEST_ID]
+            raise
+        answer.headers.append((REQUEST_ID.encode(), trace[REQUEST_ID].encode("latin-1")))
+        return answer
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around what happens before a request is a task: what is refused there is counted as a bad request."""
+        try:
+            yield
         except TaskError as error:
             self._metrics.bad_request(error.reason)
             raise
-        answered = await self.run(plan, tensors, until, trace_of(headers))
+
+    async def infer(self, request: Request, trace: Trace) -> Answer:
+        """`POST /v2/models/PIPELINE/infer`, by way of `serve`."""
+        with self.reading():
+            plan = self.plan(request.parameters["model"], request.parameters.get("version", VERSION))
+            message = wire.decode_request(request.body, request.headers.get(wire.HEADER_LENGTH), self._limits)
+            tensors = _inputs(plan, message)
+            wanted = _wanted(plan, message)
+            until = self.deadline(plan, request, message.parameters)
+        answered = await self.run(plan, tensors, until, trace)
         response = Message(
             tensors=tuple(answered.tensors[name] for name in wanted),
             id=message.id,
@@ -108,10 +129,10 @@ class GatewayService:
         )
         encoded, header_length = wire.encode_response(response, model=plan.pipeline.name, version=VERSION)
         media, extra = wire.media_type(header_length)
-        answer_headers = [(b"content-type", media.encode()), *((k.encode(), v.encode()) for k, v in extra.items())]
-        return Answer(200, [*answer_headers, *self.answer_headers(headers, answered)], encoded)
+        headers = [(b"content-type", media.encode()), *((k.encode(), v.encode()) for k, v in extra.items())]
+        return Answer(200, [*headers, server_timing(answered)], encoded)
 
-    async def run(self, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Mapping[str, str]) -> Answered:
+    async def run(self, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Trace) -> Answered:
         """Compute a task and count its outcome, whatever it is.
 
         Args:
@@ -152,19 +173,22 @@ class GatewayService:
         budget_s = deadline.read_budget_s(request.headers, parameters, default_s=default_s, maximum_s=LONGEST_DEADLINE_S)
         return Deadline(request.arrived, budget_s)
 
-    def answer_headers(self, headers: Mapping[str, str], answered: Answered) -> list[tuple[bytes, bytes]]:
-        """`Server-Timing` with queue, compute and way of each hop [ms], and the request's id again."""
-        return [(b"server-timing", _server_timing(answered).encode()), (b"x-request-id", request_id(headers).encode("latin-1"))]
+
+def trace_of(headers: Mapping[str, str]) -> Trace:
+    """The headers every stage gets too; a request that comes without an id is given one."""
+    trace = {name: headers[name] for name in TRACE_HEADERS if name in headers}
+    if REQUEST_ID not in trace:
+        trace[REQUEST_ID] = f"{random.getrandbits(128):032x}"
+    return trace
 
 
-def request_id(headers: Mapping[str, str]) -> str:
-    """The client's `X-Request-ID`, or a new one."""
-    return headers.get("x-request-id") or f"{random.getrandbits(128):032x}"
-
-
-def trace_of(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers every stage gets too."""
-    return {name: headers[name] for name in TRACE_HEADERS if name in headers}
+def server_timing(answered: Answered) -> tuple[bytes, bytes]:
+    """The `Server-Timing` header: total, and queue, compute and way of each hop [ms]."""
+    parts = [f"total;dur={answered.elapsed_s * 1e3:.3f}"]
+    for hop in answered.hops:
+        times = (("q", hop.get("queue_s")), ("c", hop.get("compute_s")), ("n", hop.get("transfer_s")))
+        parts += [f"{hop['step']}-{key};dur={seconds * 1e3:.3f}" for key, seconds in times if seconds is not None]
+    return b"server-timing", ", ".join(parts).encode()
 
 
 def _inputs(plan: Plan, message: Message) -> dict[str, Tensor]:
@@ -188,11 +212,3 @@ def _wanted(plan: Plan, message: Message) -> tuple[str, ...]:
         if name not in plan.outputs:
             raise BadRequest(f"pipeline {plan.pipeline.name!r} has no output {name!r}; it has {', '.join(plan.outputs)}")
     return message.outputs or tuple(plan.outputs)
-
-
-def _server_timing(answered: Answered) -> str:
-    parts = [f"total;dur={answered.elapsed_s * 1e3:.3f}"]
-    for hop in answered.hops:
-        times = (("q", hop.get("queue_s")), ("c", hop.get("compute_s")), ("n", hop.get("transfer_s")))
-        parts += [f"{hop['step']}-{key};dur={seconds * 1e3:.3f}" for key, seconds in times if seconds is not None]
-    return ", ".join(parts)

@@ -51,7 +51,7 @@ class Walker:
         predicted_s = admission.critical_path_s(plan.segments, hop_s)
         if predicted_s > until.budget_s:
             raise Overloaded(
-                f"the predicted time of {predicted_s:.3f} s is over the deadline of {until.budget_s:.3f} s",
+                f"the predicted time of {predicted_s * 1e3:.1f} ms is over the deadline of {until.budget_s * 1e3:.1f} ms",
                 retry_after_s=predicted_s - until.budget_s,
             )
 

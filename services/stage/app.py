@@ -1,11 +1,10 @@
 """The stage's FastAPI app: the Open Inference Protocol's routes around one `StageService`.
 
-Inference goes by `services.hotpath.Front`; the rest are FastAPI's own and documented at /docs.
+Inference goes by `services.hotpath.Front`; the rest are FastAPI's own.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -64,7 +63,8 @@ class Replica:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[StageService]:
         """Warm up, start the worker and open the connections; undo it in reverse on the way out."""
-        law = await asyncio.to_thread(warm_up, self.spec, self._processor, self.model.typical_length)
+        # Nobody is served yet, so nobody minds that this holds the event loop.
+        law = warm_up(self.spec, self._processor, self.model.typical_length)
         worker = Worker(
             self.spec,
             self._processor,
@@ -138,25 +138,25 @@ def build(replica: Replica) -> Front:
             front.open(Endpoint(service.infer, body_limit=service.limits.body_bytes))
             yield
 
-    app = FastAPI(title=f"Espalier stage {replica.spec.name}", lifespan=lifespan)
+    app = oip.new_app(f"Espalier stage {replica.spec.name}", lifespan)
     front = Front(app)
     oip.add_error_shape(app)
     oip.add_server_routes(app, lambda: replica.ready)
 
     @app.get("/v2/models/{model}")
     @app.get("/v2/models/{model}/versions/{version}")
-    def metadata(model: str, version: str | None = None) -> dict[str, Any]:
+    async def metadata(model: str, version: str | None = None) -> dict[str, Any]:
         replica.check(model, version)
         return replica.metadata()
 
     @app.get("/v2/models/{model}/ready")
     @app.get("/v2/models/{model}/versions/{version}/ready")
-    def model_ready(model: str, version: str | None = None) -> JSONResponse:
+    async def model_ready(model: str, version: str | None = None) -> JSONResponse:
         replica.check(model, version)
         return oip.readiness(replica.ready, name=model)
 
     @app.get("/metrics")
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(replica.metrics.exposition(), media_type=exposition.MEDIA_TYPE)
 
     return front

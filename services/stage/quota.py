@@ -11,7 +11,8 @@ _CGROUP_V1 = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/
 
 def cpus(limit: float | None = None) -> float:
     """Processors this process may use: the least of `limit`, the cgroup's quota and the affinity mask."""
-    bounds = [float(len(os.sched_getaffinity(0)))]
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    bounds = [float(len(affinity(0)) if affinity else os.cpu_count() or 1)]
     if limit is not None:
         bounds.append(limit)
     quota = parse_v2(_read(_CGROUP_V2)) or parse_v1(*(_read(path) for path in _CGROUP_V1))

@@ -105,7 +105,7 @@ class StageService:
         take = {tensor.name: tensor.name for tensor in self.spec.inputs}
         wanted = self._wanted(message)
         self._refuse_unknown(message)
-        result = await self._compute(message, take, until.due, until.arrived)
+        result = await self._compute(message, take, until, 0.0)
         answer = Message(
             tensors=tuple(self._tensor(name, name, result) for name in wanted), id=message.id, binary=message.binary
         )
@@ -131,7 +131,7 @@ class StageService:
     async def _walk(self, message: Message, hops: tuple[Hop, ...], until: Deadline, headers: Mapping[str, str]) -> Answer:
         here = hops[0]
         try:
-            result = await self._compute(message, here.take, until.due - here.reserve_s, until.arrived)
+            result = await self._compute(message, here.take, until, here.reserve_s)
         except TaskError as error:
             error.hops.insert(0, self._report(here, until, None))
             raise
@@ -224,9 +224,9 @@ class StageService:
 
     # --- common ---------------------------------------------------------------------------------------------------------
 
-    async def _compute(self, message: Message, take: Mapping[str, str], due: float, arrived: float) -> Result:
+    async def _compute(self, message: Message, take: Mapping[str, str], until: Deadline, reserve_s: float) -> Result:
         inputs, axes = tensors.bind(self.spec, message, take)
-        result = await self._worker.compute(inputs, axes, due, arrived)
+        result = await self._worker.compute(inputs, axes, until, reserve_s)
         self._metrics.queue.observe(result.queue_s)
         self._metrics.compute.observe(result.compute_s)
         return result

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from models.manifest import BATCH_AXIS, StageSpec
 from services.dataplane.batching import DeadlineQueue, Waiting, batch_units, next_batch
+from services.dataplane.deadline import Deadline
 from services.dataplane.errors import Expired, QueueFull, TaskError
 from services.dataplane.service_time import ServiceEstimate
 from services.dataplane.wire import Array
@@ -30,6 +31,8 @@ class Work:
     inputs: Mapping[str, Array]
     axes: Mapping[str, int]
     result: asyncio.Future[Result]
+    expires: float
+    """Instant [s, monotonic] of the task's own deadline; `Waiting.due` is earlier by what the rest of the way needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +89,16 @@ class Worker:
             return 0.0
         return (self.queue.backlog_s + running) / self._slots
 
-    async def compute(self, inputs: Mapping[str, Array], axes: Mapping[str, int], due: float, enqueued: float) -> Result:
+    async def compute(
+        self, inputs: Mapping[str, Array], axes: Mapping[str, int], until: Deadline, reserve_s: float = 0.0
+    ) -> Result:
         """Compute one task.
 
         Args:
             inputs: checked inputs by name.
             axes: length of every symbolic axis.
-            due: instant [s, monotonic] by which the result is of use.
-            enqueued: when the task came [s, monotonic].
+            until: the task's deadline here.
+            reserve_s: time the rest of the way needs; the result is of use that much before the deadline.
 
         Raises:
             QueueFull: the queue holds its capacity.
@@ -104,7 +109,8 @@ class Worker:
         items = axes.get(BATCH_AXIS, 1)
         mean_s = self._estimate.mean_s(items * math.prod(lengths))
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        waiting = Waiting(Work(inputs, axes, result), due, items, lengths, enqueued, mean_s)
+        work = Work(inputs, axes, result, until.due)
+        waiting = Waiting(work, until.due - reserve_s, items, lengths, until.arrived, mean_s)
         if self._processor.inline:
             return self._inline(waiting)
         if self.queue.full:
@@ -184,7 +190,7 @@ class Worker:
         self._dispatch()
 
     def _doomed(self, waiting: Waiting[Work], now: float) -> TaskError:
-        reason = "expired_in_queue" if now >= waiting.due else "would_expire"
+        reason = "expired_in_queue" if now >= waiting.task.expires else "would_expire"
         self._metrics.dropped(reason)
         what = "passed while it waited" if reason == "expired_in_queue" else "would pass before the work is done"
         return Expired(f"the deadline {what} at stage {self._spec.name!r}", reason=reason, elapsed_s=now - waiting.enqueued)

@@ -130,10 +130,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 
 async def test_a_body_over_the_limit_is_refused_before_it_is_sent() -> None:
     async with served() as (house, _, port):
-        for start in (
-            post(b"", f"content-length: {LIMIT + 1}", length=False),
-            post(b"", "content-length: 9" + "9" * 30, length=False),
-        ):
+        for announced in (f"{LIMIT + 1}", "9" * 30):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(post(b"", f"content-length: {announced}", length=False))
             answer = await asyncio.wait_for(reader.readline(), 5)
