@@ -17,7 +17,8 @@ help: ## this list
 $(READY): pyproject.toml $(PINS)/dev.txt $(PINS)/torch.txt
 	@command -v $(PYTHON) > /dev/null || { echo "Espalier needs Python 3.11: install it, or say PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps --require-hashes -r $(PINS)/dev.txt -r $(PINS)/torch.txt
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r $(PINS)/dev.txt -r $(PINS)/torch.txt || \
+	  { echo "The pinned packages could not be installed. If it was torch: docs/install.md says where its CPU build comes from."; exit 3; }
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -27,6 +28,7 @@ demo: $(READY) ## the whole system on this machine, 60 s of load, the on-time ta
 up: $(READY) ## export the models and start TESTBED (default: the demo's) in the background
 	$(BIN)/espalier export $(TESTBED)
 	$(BIN)/espalier up $(TESTBED)
+	@echo "now: source $(VENV)/bin/activate, then espalier status | scale | bench | down"
 
 down: $(READY) ## drain and stop what `make up` started
 	$(BIN)/espalier down --testbed $(TESTBED)

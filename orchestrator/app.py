@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import Annotated, Any, Protocol
 
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from orchestrator.errors import EspalierError, Infeasible, UsageError
 from services.dataplane.document import Document
 from services.dataplane.routes import Routes
+
+REASONS = {400: "bad_request", 409: "infeasible", 503: "unavailable"}
+"""Machine-readable reason of each status; the data plane's errors have the same shape."""
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -63,7 +67,13 @@ def build(controls: Controls) -> FastAPI:
     @app.exception_handler(EspalierError)
     async def refuse(_: Request, error: EspalierError) -> JSONResponse:
         status = 409 if isinstance(error, Infeasible) else 400 if isinstance(error, UsageError) else 503
-        return JSONResponse({"error": str(error)}, status)
+        return JSONResponse({"error": str(error), "reason": REASONS[status]}, status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        return JSONResponse({"error": f"{field}: {first['msg']}", "reason": REASONS[400]}, 400)
 
     @app.get("/v1/routes")
     async def routes(

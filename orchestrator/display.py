@@ -64,8 +64,16 @@ def pairs(rows: Mapping[str, object]) -> Table:
     """Two columns."""
     table = Table(box=None, show_header=False)
     for key, value in rows.items():
-        table.add_row(key, str(value))
+        table.add_row(key, _plain(value))
     return table
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {each}" for name, each in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def costs(report: Mapping[str, Any], kinds: Mapping[str, float]) -> Table:

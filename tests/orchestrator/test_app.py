@@ -76,20 +76,27 @@ async def test_orders_are_passed_on(panel: Panel, client: httpx.AsyncClient) -> 
 
 
 @pytest.mark.parametrize(
-    ("refusal", "status"),
-    [(UsageError("no such service"), 400), (Infeasible("no room"), 409), (RunFailed("broken"), 503)],
+    ("refusal", "status", "reason"),
+    [
+        (UsageError("no such service"), 400, "bad_request"),
+        (Infeasible("no room"), 409, "infeasible"),
+        (RunFailed("broken"), 503, "unavailable"),
+    ],
 )
-async def test_a_refusal_says_why(panel: Panel, client: httpx.AsyncClient, refusal: Exception, status: int) -> None:
+async def test_a_refusal_says_why(
+    panel: Panel, client: httpx.AsyncClient, refusal: Exception, status: int, reason: str
+) -> None:
     panel.refusal = refusal
     answer = await client.post("/v1/scale", json={"service": "pool", "replicas": 2})
-    assert (answer.status_code, answer.json()) == (status, {"error": str(refusal)})
+    assert (answer.status_code, answer.json()) == (status, {"error": str(refusal), "reason": reason})
 
 
 @pytest.mark.parametrize(
     "body", [{}, {"service": "pool"}, {"service": "pool", "replicas": -1}, {"service": "p", "replicas": 1, "x": 1}]
 )
 async def test_nonsense_is_refused(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
-    assert (await client.post("/v1/scale", json=body)).status_code == 422
+    answer = await client.post("/v1/scale", json=body)
+    assert (answer.status_code, answer.json()["reason"]) == (400, "bad_request")
 
 
 async def test_status_metrics_and_health_answer(client: httpx.AsyncClient) -> None:
