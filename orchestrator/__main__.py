@@ -216,7 +216,8 @@ def down(name: str, state_dir: Path | None) -> None:
     """Drain and stop everything, and leave nothing running."""
     state = StateDir(state_dir or STATES / name)
     swept = lifecycle.take_down(state)
-    click.echo(f"{name} is down" + (f"; {swept} processes without an orchestrator were stopped" if swept else ""), err=True)
+    what = name if state_dir is None else state_dir
+    click.echo(f"{what} is down" + (f"; {swept} processes without an orchestrator were stopped" if swept else ""), err=True)
 
 
 @main.command()

@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, Protocol
 
+import orjson
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from services.dataplane.errors import TooLarge
+from services.dataplane.errors import BadRequest, TaskError, TooLarge
 from services.hotpath import Answer, Endpoint, Front, Request
 
 QUIET_S = 0.5
@@ -27,7 +28,8 @@ _POLL_S = 0.05
 READ_S = 30.0
 """Longest time from a request's first byte to its last; then the connection is cut."""
 HEADER_BYTES = 64 << 10
-"""Most bytes of a request's headers; with more the connection is cut."""
+"""Most bytes of a request's headers (and of one data chunk more, before it is noticed)."""
+HEADERS_TOO_LARGE = 431
 GC_THRESHOLDS = (20_000, 20, 20)
 """A request leaves no cycles; collecting after every 700 allocations, Python's default, is a pause in nearly every one."""
 
@@ -89,27 +91,52 @@ class HotProtocol(HttpToolsProtocol):
 
     _patience: asyncio.TimerHandle | None = None
     """Runs from a request's first byte to its last."""
-    _header_bytes = 0
+    _head_bytes = 0
+    _in_head = False
 
     def on_message_begin(self) -> None:
         """Keep what headers need; uvicorn's scope is made only for requests that go its way."""
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
-        self._header_bytes = 0
+        self._head_bytes = 0
+        self._in_head = True
         if self._patience is None:
             self._patience = self.loop.call_later(READ_S, self.transport.abort)
 
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser, which bounds neither the number of headers nor the length of one."""
+        if self._in_head and self._head_bytes > HEADER_BYTES:
+            self.send_400_response("")
+            return
+        before = self._head_bytes
+        super().data_received(data)
+        if self._in_head and self._head_bytes == before:
+            self._head_bytes += len(data)
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Bound what headers may hold; the parser does not."""
-        self._header_bytes += len(name) + len(value)
-        if self._header_bytes > HEADER_BYTES:
-            self.transport.abort()
-        else:
-            super().on_header(name, value)
+        """Keep a header; too many of them end the parsing."""
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes > HEADER_BYTES:
+            raise OverflowError
+        super().on_header(name, value)
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn when the parser gives up: the one error shape here too, and the end of the connection."""
+        if self.transport.is_closing():
+            return
+        error: TaskError = BadRequest("the request is not valid HTTP")
+        status = error.status
+        if self._in_head and self._head_bytes > HEADER_BYTES:
+            error, status = TooLarge(f"the headers have more than {HEADER_BYTES} bytes"), HEADERS_TOO_LARGE
+        body = orjson.dumps(error.body())
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
 
     def on_headers_complete(self) -> None:
         """Take the request, or hand it to uvicorn."""
+        self._in_head = False
         found = None
         if isinstance(self.app, Front) and self.parser.get_method() == b"POST" and not self.parser.should_upgrade():
             found = self.app.endpoint(self.url)

@@ -79,7 +79,10 @@ def cut(checkpoint: Checkpoint) -> Cut:
         _tokenise(_max_tokens(model, settings.max_tokens), pad_id),
         assets={"tokenizer.json": _tokenizer_json(tokenizer)},
     )
-    encode = Piece(_encode(hidden, pad_id), graph=Graph(Encoder(model), _example(int(model.config.vocab_size))))
+    encode = Piece(
+        _encode(hidden, pad_id, int(model.config.vocab_size)),
+        graph=Graph(Encoder(model), _example(int(model.config.vocab_size))),
+    )
     light = (_pool(hidden, settings), _classify(hidden), _rank(hidden))
     return Cut(
         architecture=type(model).__name__,
@@ -146,7 +149,7 @@ def _tokenise(max_tokens: int, pad_id: int) -> StageSpec:
     )
 
 
-def _encode(hidden: int, pad_id: int) -> StageSpec:
+def _encode(hidden: int, pad_id: int, vocabulary: int) -> StageSpec:
     return StageSpec(
         name="encode",
         tier="core",
@@ -154,6 +157,8 @@ def _encode(hidden: int, pad_id: int) -> StageSpec:
         inputs=(_ids(pad_id), _mask()),
         outputs=(_hidden(hidden),),
         max_batch=MAX_BATCH,
+        # ONNX counts a negative index from the end, so that a wrong token would get an answer.
+        parameters={"range": {"input_ids": [0, vocabulary - 1]}},
     )
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from services.dataplane.pipeline import Segment
-from services.dataplane.routing import RouteBook
-
-STALE_S = 1.0
-"""Without an answer for this long, a replica's estimate is no reason to refuse: somebody has to find out."""
+from services.dataplane.routing import STALE_S, RouteBook
 
 
 def replica_s(book: RouteBook, replicas: Sequence[str], now: float) -> float:
-    """Expected time of one hop [s]: the least over the replicas of transfer, wait and service; 0 where news is stale."""
+    """Expected time of one hop [s]: the least over the replicas of transfer, wait and service.
+
+    0 where news is stale: an old report is no reason to refuse, and somebody has to find out.
+    """
     best = None
     for replica in replicas:
         if book.ejected(replica, now):

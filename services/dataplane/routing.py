@@ -13,6 +13,8 @@ from dataclasses import dataclass
 MAX_CANDIDATES = 3
 FIRST_EJECTION_S = 1.0
 LONGEST_EJECTION_S = 30.0
+STALE_S = 1.0
+"""Age of a replica's last report from which it says nothing any more."""
 _MOST_DOUBLINGS = 16
 """More than the longest ejection needs; a replica that stays dead for hours must not double its way out of a float."""
 _SMOOTHING = 0.2
@@ -66,8 +68,14 @@ class RouteBook:
         return view is not None and now < view.ejected_until
 
     def completion_s(self, replica: str, link_s: float, now: float) -> float:
-        """Expected time until a task sent now is back: link, wait and service."""
+        """Expected time until a task sent now is back: link, wait and service.
+
+        Of an idle replica that has not been heard of for a while only the link is known; taking the rest for nothing makes it
+        be tried, or else the one that was once a little slower would never be asked again.
+        """
         view = self.view(replica)
+        if now - view.reported > STALE_S and not view.sent_since:
+            return link_s
         return link_s + view.transfer_s + view.expected_wait_s(now) + view.service_s
 
     def order(self, replicas: Sequence[str], links_s: Sequence[float], now: float, rng: random.Random) -> tuple[int, ...]:

@@ -37,7 +37,6 @@ Trace = dict[str, str]
 REQUEST_ID = "x-request-id"
 VERSION = "1"
 LONGEST_DEADLINE_S = 60.0
-REFUSALS = (BadRequest, NotFound, TooLarge, QueueFull, Overloaded, NoReplica)
 HOPS_WANTED = "hops"
 """Request parameter (true): list what each hop measured in the answer's parameters, for those who cannot read headers."""
 
@@ -141,7 +140,7 @@ class GatewayService:
             until: its deadline.
             trace: headers to pass on.
         """
-        outcome = "failed"
+        outcome: str | None = "failed"
         self.in_flight += 1
         try:
             if self.in_flight > self._max_in_flight:
@@ -154,7 +153,9 @@ class GatewayService:
             outputs = {name: Tensor(name, bag[ref].datatype, bag[ref].array) for name, ref in plan.pipeline.outputs.items()}
             return Answered(outputs, hops, now - until.arrived)
         except TaskError as error:
-            outcome = "expired" if isinstance(error, Expired) else "rejected" if isinstance(error, REFUSALS) else "failed"
+            outcome = _outcome(error)
+            if outcome is None:
+                self._metrics.bad_request(error.reason)
             error.budget_s = until.budget_s
             error.elapsed_s = time.monotonic() - until.arrived
             raise
@@ -164,8 +165,9 @@ class GatewayService:
             raise
         finally:
             self.in_flight -= 1
-            now = time.monotonic()
-            self._metrics.task(plan.pipeline.name, outcome, now - until.arrived, until.remaining_s(now))
+            if outcome is not None:
+                now = time.monotonic()
+                self._metrics.task(plan.pipeline.name, outcome, now - until.arrived, until.remaining_s(now))
 
     def deadline(self, plan: Plan, request: Request, parameters: Mapping[str, Any]) -> Deadline:
         """The task's deadline: what the request says, else the pipeline's."""
@@ -189,6 +191,15 @@ def server_timing(answered: Answered) -> tuple[bytes, bytes]:
         times = (("q", hop.get("queue_s")), ("c", hop.get("compute_s")), ("n", hop.get("transfer_s")))
         parts += [f"{hop['step']}-{key};dur={seconds * 1e3:.3f}" for key, seconds in times if seconds is not None]
     return b"server-timing", ", ".join(parts).encode()
+
+
+def _outcome(error: TaskError) -> str | None:
+    """How a task ended that failed; None where a stage found that the request never was one (a text that is too long, say)."""
+    if isinstance(error, BadRequest | NotFound | TooLarge):
+        return None
+    if isinstance(error, Expired):
+        return "expired"
+    return "rejected" if isinstance(error, QueueFull | Overloaded | NoReplica) else "failed"
 
 
 def _inputs(plan: Plan, message: Message) -> dict[str, Tensor]:

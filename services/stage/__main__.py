@@ -10,11 +10,8 @@ from typing import get_args
 
 from models import manifest
 from models.manifest import ManifestError, Precision
-from services import server
 from services.stage import quota
-from services.stage.app import Replica, build
 from services.stage.processors import open_processor
-from services.stage.service import Identity
 
 SETUP_FAILED = 3
 
@@ -23,29 +20,34 @@ def main() -> int:
     """Serve until stopped; 0 after a drain, 3 when the stage cannot be set up."""
     arguments = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    listener = server.listen(arguments.host, arguments.port, arguments.fd)
-    service = arguments.service or arguments.stage
-    identity = Identity(service, arguments.replica or service, arguments.node)
     try:
         model = manifest.load(arguments.model)
         spec = model.stage(arguments.stage)
         files = manifest.check_files(spec, arguments.precision, arguments.model)
-        replica = Replica(
-            model,
-            spec,
-            open_processor(spec, files, threads=1),
-            identity,
-            cpus=quota.cpus(arguments.cpus),
-            queue_capacity=arguments.queue_capacity,
-            max_batch=arguments.max_batch,
-        )
+        processor = open_processor(spec, files, threads=1)
     except ManifestError as error:
         print(f"espalier stage: {error}", file=sys.stderr)
         return SETUP_FAILED
+    # The server's modules come after the files: what reading a vocabulary leaves free in the heap they fill again, a megabyte.
+    from services import server  # noqa: PLC0415
+    from services.stage.app import Replica, build  # noqa: PLC0415
+    from services.stage.service import Identity  # noqa: PLC0415
+
+    service = arguments.service or arguments.stage
+    identity = Identity(service, arguments.replica or service, arguments.node)
+    replica = Replica(
+        model,
+        spec,
+        processor,
+        identity,
+        cpus=quota.cpus(arguments.cpus),
+        queue_capacity=arguments.queue_capacity,
+        max_batch=arguments.max_batch,
+    )
     server.serve(
         build(replica),
         replica,
-        listener,
+        server.listen(arguments.host, arguments.port, arguments.fd),
         grace_s=arguments.drain_grace,
         announce=lambda url: logging.info("stage %s, replica %s, on %s", service, identity.replica, url),
     )

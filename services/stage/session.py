@@ -22,13 +22,17 @@ class Session:
 
     inline = False
 
-    def __init__(self, session: ort.InferenceSession, outputs: tuple[str, ...], threads: int) -> None:
+    def __init__(self, session: ort.InferenceSession, spec: StageSpec, threads: int) -> None:
         self._session = session
-        self._outputs = list(outputs)
+        self._outputs = [tensor.name for tensor in spec.outputs]
+        self._ranges: Mapping[str, tuple[int, int]] = spec.parameters.get("range", {})
         self._threads = threads
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """One run of the graph over a batch; raises BadRequest for values it cannot take, a token it does not know, say."""
+        for name, (least, most) in self._ranges.items():
+            if inputs[name].min() < least or inputs[name].max() > most:
+                raise BadRequest(f"{name} must be between {least} and {most}")
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
         except InvalidArgument as error:
@@ -62,4 +66,4 @@ def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Se
         raise ManifestError(
             f"{files[0].name} takes {sorted(found)}, not {sorted(wanted)} as the manifest says; export the model again"
         )
-    return Session(session, tuple(tensor.name for tensor in spec.outputs), threads)
+    return Session(session, spec, threads)

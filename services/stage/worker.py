@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from models.manifest import BATCH_AXIS, StageSpec
 from services.dataplane.batching import DeadlineQueue, Waiting, batch_units, next_batch
 from services.dataplane.deadline import Deadline
-from services.dataplane.errors import Expired, QueueFull, TaskError
+from services.dataplane.errors import Expired, QueueFull, TaskError, TooLarge
 from services.dataplane.service_time import ServiceEstimate
 from services.dataplane.wire import Array
 from services.stage import tensors
 from services.stage.metrics import StageMetrics
 from services.stage.processors import Processor
+
+LONGEST_S = 10.0
+"""Longest one request may hold a slot, by its estimate: nobody else is computed there meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,11 @@ class Worker:
         lengths = tensors.symbolic_lengths(self._spec, axes)
         items = axes.get(BATCH_AXIS, 1)
         mean_s = self._estimate.mean_s(items * math.prod(lengths))
+        if mean_s > LONGEST_S:
+            raise TooLarge(
+                f"the request would hold stage {self._spec.name!r} for about {mean_s:.0f} s; the limit is {LONGEST_S:.0f} s: "
+                "send less at once"
+            )
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         work = Work(inputs, axes, result, until.due)
         waiting = Waiting(work, until.due - reserve_s, items, lengths, until.arrived, mean_s)

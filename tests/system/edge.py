@@ -97,17 +97,6 @@ class Edge:
         """Address of every replica of a service."""
         return {replica["id"]: replica["url"] for replica in self.status()["services"][service]["replicas"]}
 
-    def busiest(self, service: str) -> str:
-        """The replica that has answered most."""
-
-        def answered(url: str) -> float:
-            page = httpx.get(f"{url}/metrics", trust_env=False, timeout=PATIENCE_S).text
-            found = [line for line in page.splitlines() if line.startswith("espalier_stage_requests_total{")]
-            return sum(float(line.split()[-1]) for line in found if 'outcome="ok"' in line)
-
-        replicas = self.replicas(service)
-        return max(replicas, key=lambda replica: answered(replicas[replica]))
-
     # --- what the gateway has counted -------------------------------------------------------------------------------------
 
     def metrics(self) -> str:

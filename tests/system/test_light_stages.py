@@ -52,5 +52,4 @@ async def test_an_idle_light_stage_stays_within_its_memory(minilm: Path) -> None
     light = ("tokenise", "pool", "classify", "rank")
     async with house(minilm, dict.fromkeys(light, 1), []) as running:
         resident = {stage: running.processes[f"{stage}-0"].memory_info().rss for stage in light}
-    print({stage: f"{size / 1e6:.1f} MB" for stage, size in resident.items()})
-    assert {stage: size for stage, size in resident.items() if size > IDLE_BYTES} == {}
+    assert {stage: size for stage, size in resident.items() if size > IDLE_BYTES} == {}, resident
