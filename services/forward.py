@@ -12,7 +12,7 @@ from services.dataplane import errors, itinerary
 from services.dataplane.errors import Expired, NoReplica, UpstreamFailed
 from services.dataplane.itinerary import Candidate
 from services.dataplane.routing import RetryBudget, RouteBook
-from services.dataplane.wire import BINARY_TYPE, HEADER_LENGTH, JSON_TYPE
+from services.dataplane.wire import BINARY_TYPE, HEADER_LENGTH, JSON_TYPE, Part
 from services.transport import HttpAnswer, TimedOut, Transport, Unreachable
 
 TRACE_HEADERS = ("traceparent", "tracestate", "x-request-id")
@@ -27,7 +27,7 @@ class Call:
 
     service: str
     candidates: Sequence[Candidate]
-    body: bytes
+    body: Sequence[Part]
     header_length: int | None
     due: float
     """Instant [s, monotonic] after which no answer is of use."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from urllib.parse import urlsplit
@@ -63,14 +63,16 @@ class Transport:
 
     async def get(self, url: str, timeout_s: float) -> HttpAnswer:
         """As `post`, without a body."""
-        return await self._request(b"GET", url, b"", {}, timeout_s)
+        return await self._request(b"GET", url, (), {}, timeout_s)
 
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
+    async def post(
+        self, url: str, body: bytes | Sequence[bytes | memoryview], headers: Mapping[str, str], timeout_s: float
+    ) -> HttpAnswer:
         """Send a request and wait for the whole answer. Cancelling the call closes its connection.
 
         Args:
             url: http://HOST:PORT/PATH.
-            body: the body.
+            body: the body, in one piece or several.
             headers: beside Host and Content-Length.
             timeout_s: limit on all of it [s].
 
@@ -78,17 +80,24 @@ class Transport:
             Unreachable: no connection, or it broke before the answer was complete.
             TimedOut: `timeout_s` passed first.
         """
-        return await self._request(b"POST", url, body, headers, timeout_s)
+        return await self._request(b"POST", url, (body,) if isinstance(body, bytes) else body, headers, timeout_s)
 
-    async def _request(self, method: bytes, url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> HttpAnswer:
+    async def _request(
+        self,
+        method: bytes,
+        url: str,
+        body: Sequence[bytes | memoryview],
+        headers: Mapping[str, str],
+        timeout_s: float,
+    ) -> HttpAnswer:
         host, port, target = self._target(url)
         lines = b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in headers.items())
-        request = b"%b %b%bcontent-length: %d\r\n\r\n%b" % (method, target, lines, len(body), body)
+        head = b"%b %b%bcontent-length: %d\r\n\r\n" % (method, target, lines, sum(map(len, body)))
         due = time.monotonic() + timeout_s
         while True:
             connection, reused = await self._connect(host, port, timeout_s)
             try:
-                answer = await connection.exchange(request, max(due - time.monotonic(), 0.0))
+                answer = await connection.exchange((head, *body), max(due - time.monotonic(), 0.0))
             except TimeoutError:
                 raise TimedOut(f"{url}: no answer within {timeout_s:.3f} s") from None
             except ConnectionError as error:
@@ -159,7 +168,7 @@ class _Connection(asyncio.Protocol):
         self._chunks: list[bytes] = []
         self._size = 0
 
-    async def exchange(self, request: bytes, timeout_s: float) -> HttpAnswer:
+    async def exchange(self, request: Sequence[bytes | memoryview], timeout_s: float) -> HttpAnswer:
         """Send the request and wait for its answer.
 
         Raises:
@@ -176,7 +185,8 @@ class _Connection(asyncio.Protocol):
         self._answer = loop.create_future()
         # One timer, where asyncio.timeout would cancel the task and sort out afterwards who did it.
         timer = loop.call_later(timeout_s, self._expire)
-        self._transport.write(request)
+        # Gathered by the kernel: a tensor is not copied to stand behind its header.
+        self._transport.writelines(request)
         try:
             return await self._answer
         finally:

@@ -25,6 +25,8 @@ from services.dataplane.errors import BadRequest, TooLarge, shown
 
 Array = NDArray[Any]
 
+Part = bytes | memoryview
+
 HEADER_LENGTH = "inference-header-content-length"
 BINARY_TYPE = "application/octet-stream"
 JSON_TYPE = "application/json"
@@ -125,6 +127,12 @@ def encode_request(message: Message, *, binary: bool = True) -> tuple[bytes, int
 
     With `binary`, inputs travel raw and the answer is asked for raw as well.
     """
+    parts, header_length = request_parts(message, binary=binary)
+    return b"".join(parts), header_length
+
+
+def request_parts(message: Message, *, binary: bool = True) -> tuple[list[Part], int | None]:
+    """As `encode_request`, but in pieces that have not been copied together: views of the tensors themselves."""
     parameters = dict(message.parameters)
     if binary:
         parameters["binary_data_output"] = True
@@ -133,7 +141,7 @@ def encode_request(message: Message, *, binary: bool = True) -> tuple[bytes, int
         document["id"] = message.id
     if message.outputs is not None:
         document["outputs"] = [{"name": name} for name in message.outputs]
-    return _join(document, "inputs", message.tensors, binary)
+    return _parts(document, "inputs", message.tensors, binary)
 
 
 def encode_response(message: Message, *, model: str, version: str = "1") -> tuple[bytes, int | None]:
@@ -143,7 +151,8 @@ def encode_response(message: Message, *, model: str, version: str = "1") -> tupl
         document["id"] = message.id
     if message.parameters:
         document["parameters"] = message.parameters
-    return _join(document, "outputs", message.tensors, message.binary)
+    parts, header_length = _parts(document, "outputs", message.tensors, message.binary)
+    return b"".join(parts), header_length
 
 
 def media_type(header_length: int | None) -> tuple[str, dict[str, str]]:
@@ -369,11 +378,11 @@ def _identifier(document: Mapping[str, Any]) -> str | None:
 # --- encoding -------------------------------------------------------------------------------------------------------------
 
 
-def _join(
+def _parts(
     document: dict[str, Any], key: str, tensors: Iterable[Tensor], binary: bool | Mapping[str, bool]
-) -> tuple[bytes, int | None]:
+) -> tuple[list[Part], int | None]:
     entries: list[dict[str, Any]] = []
-    chunks: list[bytes | memoryview] = []
+    chunks: list[Part] = []
     for tensor in tensors:
         entry: dict[str, Any] = {"name": tensor.name, "shape": list(tensor.array.shape), "datatype": tensor.datatype}
         raw = binary if isinstance(binary, bool) else binary.get(tensor.name, False)
@@ -386,12 +395,10 @@ def _join(
         entries.append(entry)
     document[key] = entries
     header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    if not chunks:
-        return header, None
-    return b"".join((header, *chunks)), len(header)
+    return [header, *chunks], len(header) if chunks else None
 
 
-def _raw(tensor: Tensor) -> bytes | memoryview:
+def _raw(tensor: Tensor) -> Part:
     if tensor.datatype == "BYTES":
         return b"".join(part for element in tensor.array.flat for part in (struct.pack("<I", len(element)), element))
     array = np.ascontiguousarray(tensor.array, DTYPES[tensor.datatype])

@@ -49,10 +49,11 @@ class Walker:
                 raise NoReplica(f"service {service!r} has no ready replica", stage=service)
             hop_s[service] = admission.replica_s(self._book, target.replicas, now)
         predicted_s = admission.critical_path_s(plan.segments, hop_s)
-        if predicted_s > until.budget_s:
+        excess_s = admission.excess_s(predicted_s, until.budget_s)
+        if excess_s > 0:
             raise Overloaded(
                 f"the predicted time of {predicted_s * 1e3:.1f} ms is over the deadline of {until.budget_s * 1e3:.1f} ms",
-                retry_after_s=predicted_s - until.budget_s,
+                retry_after_s=excess_s,
             )
 
     async def run(
@@ -147,7 +148,7 @@ class Walker:
             itinerary.PARAMETER: itinerary.to_parameter(hops),
             deadline.PARAMETER: deadline.to_parameter(until.remaining_s(now)),
         }
-        body, header_length = wire.encode_request(wire.Message(tensors, parameters=parameters))
+        body, header_length = wire.request_parts(wire.Message(tensors, parameters=parameters))
         return Call(
             service=hops[0].service,
             candidates=hops[0].candidates,

@@ -25,7 +25,7 @@ from services.stage.metrics import StageMetrics
 from services.stage.processors import Processor
 from services.stage.service import VERSION, Identity, StageService
 from services.stage.warm import warm_up
-from services.stage.worker import Worker
+from services.stage.worker import ALONE_S, Worker
 from services.transport import Transport
 
 IN_FLIGHT_PER_PLACE = 4
@@ -45,6 +45,7 @@ class Replica:
         cpus: float = 1.0,
         queue_capacity: int = 256,
         max_batch: int | None = None,
+        alone_s: float = ALONE_S,
         limits: Limits | None = None,
     ) -> None:
         self.model = model
@@ -57,6 +58,7 @@ class Replica:
         self._slots = max(1, int(cpus))
         self._queue_capacity = queue_capacity
         self._max_batch = spec.max_batch if max_batch is None else min(max_batch, spec.max_batch)
+        self._alone_s = alone_s
         self._limits = limits or Limits()
         self._service: StageService | None = None
 
@@ -73,6 +75,7 @@ class Replica:
             slots=self._slots,
             capacity=self._queue_capacity,
             max_batch=self._max_batch,
+            alone_s=self._alone_s,
         )
         async with Transport() as transport:
             forwarder = Forwarder(transport, RouteBook(), RetryBudget())

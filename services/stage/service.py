@@ -159,7 +159,7 @@ class StageService:
                 f"the deadline passed in stage {self.spec.name!r}", reason="expired", hops=[self._report(here, until, result)]
             )
         parameters = {itinerary.PARAMETER: itinerary.to_parameter(rest), deadline.PARAMETER: deadline.to_parameter(remaining_s)}
-        body, header_length = wire.encode_request(Message(kept, parameters=parameters))
+        body, header_length = wire.request_parts(Message(kept, parameters=parameters))
         call = Call(
             service=rest[0].service,
             candidates=rest[0].candidates,
@@ -226,7 +226,7 @@ class StageService:
 
     async def _compute(self, message: Message, take: Mapping[str, str], until: Deadline, reserve_s: float) -> Result:
         inputs, axes = tensors.bind(self.spec, message, take)
-        result = await self._worker.compute(inputs, axes, until, reserve_s)
+        result = await self._worker.compute(inputs, axes, until, reserve_s, alone=self.in_flight == 1)
         self._metrics.queue.observe(result.queue_s)
         self._metrics.compute.observe(result.compute_s)
         return result

@@ -23,6 +23,8 @@ from services.stage import tensors
 from services.stage.metrics import StageMetrics
 from services.stage.processors import Processor
 
+ALONE_S = 0.02
+"""Longest the event loop may be held by a batch, by its estimate. 0 for a processor that may wait for something."""
 LONGEST_S = 10.0
 """Longest one request may hold a slot, by its estimate: nobody else is computed there meanwhile."""
 
@@ -66,6 +68,7 @@ class Worker:
         slots: int,
         capacity: int,
         max_batch: int,
+        alone_s: float = ALONE_S,
     ) -> None:
         self.queue: DeadlineQueue[Work] = DeadlineQueue(capacity)
         self._spec = spec
@@ -74,6 +77,7 @@ class Worker:
         self._metrics = metrics
         self._slots = slots
         self._max_batch = max_batch
+        self._alone_s = alone_s
         self._loop = asyncio.get_running_loop()
         self._executor = ThreadPoolExecutor(slots, thread_name_prefix=spec.name)
         self._ends: dict[int, float] = {}
@@ -93,7 +97,13 @@ class Worker:
         return (self.queue.backlog_s + running) / self._slots
 
     async def compute(
-        self, inputs: Mapping[str, Array], axes: Mapping[str, int], until: Deadline, reserve_s: float = 0.0
+        self,
+        inputs: Mapping[str, Array],
+        axes: Mapping[str, int],
+        until: Deadline,
+        reserve_s: float = 0.0,
+        *,
+        alone: bool = False,
     ) -> Result:
         """Compute one task.
 
@@ -102,6 +112,7 @@ class Worker:
             axes: length of every symbolic axis.
             until: the task's deadline here.
             reserve_s: time the rest of the way needs; the result is of use that much before the deadline.
+            alone: nobody else is being served by this process.
 
         Raises:
             QueueFull: the queue holds its capacity.
@@ -119,7 +130,9 @@ class Worker:
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         work = Work(inputs, axes, result, until.due)
         waiting = Waiting(work, until.due - reserve_s, items, lengths, until.arrived, mean_s)
-        if self._processor.inline:
+        # Alone, a short batch is computed where it is: the way to a thread and back costs half a millisecond, and whoever comes
+        # meanwhile would have waited for the one slot anyway.
+        if self._processor.inline or (alone and self._slots == 1 and not self._ends and mean_s <= self._alone_s):
             return self._inline(waiting)
         if self.queue.full:
             self._metrics.dropped("queue_full")
@@ -144,6 +157,7 @@ class Worker:
         outputs = self._processor.run(waiting.task.inputs)
         seconds = time.monotonic() - start
         self._estimate.observe(waiting.units, seconds)
+        self._metrics.batch_size.observe(waiting.items)
         return Result(outputs, start - waiting.enqueued, seconds, waiting.items)
 
     def _dispatch(self) -> None:

@@ -129,7 +129,7 @@ def replica(processor: Processor, *, name: str = "double", identifier: str | Non
     """A replica of such a stage around a processor of the test's."""
     stage = spec(name, max_batch=options.pop("stage_max_batch", 1))
     model = Manifest(model="test", source="made in a test", architecture="none", weights="seeded", stages=(stage,))
-    return Replica(model, stage, processor, Identity(name, identifier or f"{name}-0", "local"), **options)
+    return Replica(model, stage, processor, Identity(name, identifier or f"{name}-0", "local"), alone_s=0.0, **options)
 
 
 @asynccontextmanager

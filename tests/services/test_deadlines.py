@@ -324,7 +324,7 @@ async def test_d15_and_a_second_failure_is_the_answer(tmp_path: Path) -> None:
 async def test_d16_no_second_try_without_time_for_the_rest(least_s: float, tried: int) -> None:
     loop = asyncio.get_running_loop()
     candidates = [Candidate(str(i), closed_port() + "/") for i in range(2)]
-    call = Call("double", candidates, b"", None, due=loop.time() + 5, least_s=least_s)
+    call = Call("double", candidates, (b"",), None, due=loop.time() + 5, least_s=least_s)
     async with Transport() as http:
         with pytest.raises(Exception, match="could not be reached"):
             await Forwarder(http, RouteBook(), RetryBudget()).post(call)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.dataplane.admission import STALE_S, critical_path_s, excess_s, replica_s
+from services.dataplane.admission import critical_path_s, excess_s, replica_s
 from services.dataplane.pipeline import Pipeline, segments
-from services.dataplane.routing import RouteBook
+from services.dataplane.routing import STALE_S, RouteBook
 from tests.services.dataplane.test_pipeline import CLASSIFY, EMBED, dags
 
 
