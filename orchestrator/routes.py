@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.manifest import Manifest, StageSpec
+from models.manifest import Manifest
 from orchestrator.core import Replica
 from orchestrator.testbed import Testbed
 from services.dataplane import routes as document
@@ -49,7 +49,6 @@ class Map:
         section = self.testbed.services[name]
         manifest = self.manifests[section.model]
         stage = manifest.stage(section.stage)
-        profile = stage.profile.get(section.precision)
         return Service(
             name=name,
             model=section.model,
@@ -57,7 +56,6 @@ class Map:
             tier=stage.tier,
             inputs=stage.inputs,
             outputs=stage.outputs,
-            service_s=None if profile is None else profile.law.mean_s(typical_units(stage, manifest)),
             replicas=tuple(
                 document.Replica(id=r.id, node=r.node, url=r.url, state=r.state) for r in replicas if r.service == name
             ),
@@ -71,13 +69,6 @@ class Map:
             links.setdefault(a, {})[b] = link
             links.setdefault(b, {})[a] = link
         return links
-
-
-def typical_units(stage: StageSpec, manifest: Manifest) -> int:
-    """Size [units] of one item of typical length."""
-    return stage.units(
-        [manifest.typical_length.get(axis, 1) if isinstance(axis, str) else axis for axis in stage.inputs[0].shape]
-    )
 
 
 @dataclass(slots=True)

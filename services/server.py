@@ -26,7 +26,7 @@ QUIET_S = 0.5
 """Nothing in flight for this long ends the drain early."""
 _POLL_S = 0.05
 READ_S = 30.0
-"""Longest time from a request's first byte to its last; then the connection is cut."""
+"""Longest time from a connection's start, or a request's first byte, to the request's last; then the connection is cut."""
 HEADER_BYTES = 64 << 10
 """Most bytes of a request's headers (and of one data chunk more, before it is noticed)."""
 HEADERS_TOO_LARGE = 431
@@ -94,6 +94,11 @@ class HotProtocol(HttpToolsProtocol):
     _head_bytes = 0
     _in_head = False
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A connection that stays silent is cut too."""
+        super().connection_made(transport)
+        self._patience = self.loop.call_later(READ_S, transport.abort)
+
     def on_message_begin(self) -> None:
         """Keep what headers need; uvicorn's scope is made only for requests that go its way."""
         self.url = b""
@@ -101,7 +106,7 @@ class HotProtocol(HttpToolsProtocol):
         self.expect_100_continue = False
         self._head_bytes = 0
         self._in_head = True
-        if self._patience is None:
+        if self._patience is None and not self.pipeline:  # behind others it cannot be read, and is not to blame
             self._patience = self.loop.call_later(READ_S, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
@@ -119,7 +124,10 @@ class HotProtocol(HttpToolsProtocol):
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > HEADER_BYTES:
             raise OverflowError
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn when the parser gives up: the one error shape here too, and the end of the connection."""

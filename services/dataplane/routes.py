@@ -49,8 +49,6 @@ class Service(Document):
     tier: Tier
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    service_s: float | None = None
-    """Expected service time of one item [s] from the profile; None until the gateway has seen it."""
     replicas: tuple[Replica, ...] = ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -167,7 +168,9 @@ class GatewayService:
             self.in_flight -= 1
             if outcome is not None:
                 now = time.monotonic()
-                self._metrics.task(plan.pipeline.name, outcome, now - until.arrived, until.remaining_s(now))
+                # Counted at the loop's next turn, when the answer is on its way.
+                count = (plan.pipeline.name, outcome, now - until.arrived, until.remaining_s(now))
+                asyncio.get_running_loop().call_soon(self._metrics.task, *count)
 
     def deadline(self, plan: Plan, request: Request, parameters: Mapping[str, Any]) -> Deadline:
         """The task's deadline: what the request says, else the pipeline's."""

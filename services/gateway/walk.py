@@ -114,7 +114,8 @@ class Walker:
         try:
             answer = await self._forwarder.post(call)
         except TaskError as error:
-            self._learn(error.hops, call)
+            _measure_way(error.hops, call)
+            self._learn(error.hops)
             # A replica further down died with nobody to take over from there: once more, around the dead.
             deeper = isinstance(error, UpstreamFailed) and error.stage != call.service
             if not (deeper and until.remaining_s(time.monotonic()) > call.least_s and self._forwarder.allow_retry()):
@@ -128,7 +129,9 @@ class Walker:
             bag.update((ref, fresh[ref]) for ref in segment.returns)
         except (TaskError, ValueError, KeyError) as error:
             raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
-        self._learn(hops, call)
+        _measure_way(hops, call)
+        # Learnt at the loop's next turn: the answer, or the next segment's request, goes first.
+        asyncio.get_running_loop().call_soon(self._learn, hops)
         return hops
 
     def _call(
@@ -194,10 +197,8 @@ class Walker:
         views = [self._book.view(replica) for replica in target.replicas]
         return min((view.service_s + view.transfer_s for view in views), default=0.0)
 
-    def _learn(self, hops: Hops, call: Call) -> None:
+    def _learn(self, hops: Hops) -> None:
         now = time.monotonic()
-        if hops:
-            hops[0]["transfer_s"] = round(max(call.elapsed_s - hops[0].get("total_s", 0.0), 0.0), 6)
         for hop in hops:
             for replica in hop.get("failed", ()):
                 self._book.failed(replica, now)
@@ -208,3 +209,9 @@ class Walker:
                 service_s=hop.get("compute_s"),
                 transfer_s=hop.get("transfer_s"),
             )
+
+
+def _measure_way(hops: Hops, call: Call) -> None:
+    """What of the call the first hop did not see: the way there and back."""
+    if hops:
+        hops[0]["transfer_s"] = round(max(call.elapsed_s - hops[0].get("total_s", 0.0), 0.0), 6)

@@ -58,6 +58,11 @@ class StageMetrics:
         self._gauge("inflight_requests", "Requests not answered yet.").set_function(in_flight)
         self._gauge("expected_wait_seconds", "Predicted wait of a task that arrives now.").set_function(wait)
 
+    def computed(self, queue_s: float, compute_s: float) -> None:
+        """Count a task that was computed."""
+        self.queue.observe(queue_s)
+        self.compute.observe(compute_s)
+
     def ended(self, outcome: str) -> None:
         """Count a request: `ok`, or the reason it failed."""
         counter = self._ended.get(outcome)

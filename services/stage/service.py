@@ -82,7 +82,7 @@ class StageService:
             self._metrics.ended("internal")
             raise
         else:
-            self._metrics.ended("ok")
+            asyncio.get_running_loop().call_soon(self._metrics.ended, "ok")
             return answer
         finally:
             self.in_flight -= 1
@@ -227,8 +227,8 @@ class StageService:
     async def _compute(self, message: Message, take: Mapping[str, str], until: Deadline, reserve_s: float) -> Result:
         inputs, axes = tensors.bind(self.spec, message, take)
         result = await self._worker.compute(inputs, axes, until, reserve_s, alone=self.in_flight == 1)
-        self._metrics.queue.observe(result.queue_s)
-        self._metrics.compute.observe(result.compute_s)
+        # Counted at the loop's next turn: by then the answer or the next hop's request is on its way.
+        asyncio.get_running_loop().call_soon(self._metrics.computed, result.queue_s, result.compute_s)
         return result
 
     def _tensor(self, name: str, output: str, result: Result) -> Tensor:

@@ -1,7 +1,7 @@
 """The stage's work on one process: a bounded queue, batches by the rule of `services.dataplane.batching`, results per task.
 
-Light stages compute inline on the event loop, where an executor's 60-90 µs would be more than the work; ONNX sessions run in
-as many threads as the quota has processors, one batch each.
+Light stages compute inline on the event loop, where the way to a thread and back would be more than the work; ONNX sessions
+run in as many threads as the quota has processors, one batch each.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class Worker:
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         work = Work(inputs, axes, result, until.due)
         waiting = Waiting(work, until.due - reserve_s, items, lengths, until.arrived, mean_s)
-        # Alone, a short batch is computed where it is: the way to a thread and back costs half a millisecond, and whoever comes
-        # meanwhile would have waited for the one slot anyway.
+        # Alone, a short batch is computed where it is: the way to a thread and back costs up to half a millisecond, and whoever
+        # comes meanwhile would have waited for the one slot anyway.
         if self._processor.inline or (alone and self._slots == 1 and not self._ends and mean_s <= self._alone_s):
             return self._inline(waiting)
         if self.queue.full:

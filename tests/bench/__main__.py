@@ -79,7 +79,7 @@ def _table(report: dict[str, Any]) -> Table:
         ),
         ("overload, on time from 1 s after it", f"{over['recovered_on_time_ratio']:.3f}", "≥ 0.99"),
         ("start of a pipeline to its first answer", f"{report['start_s']:.2f} s", "≤ 5 s"),
-        ("idle light stages, resident", f"{max(report['light_resident_bytes'].values()) / 2**20:.0f} MiB", "≤ 80 MB"),
+        ("idle light stages, resident", f"{max(report['light_resident_bytes'].values()) / 2**20:.0f} MiB", "≤ 80 MiB"),
     )
     for row in rows:
         table.add_row(*row)

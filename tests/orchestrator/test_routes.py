@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from models.manifest import Manifest, ServiceLaw, ServicePoint, StageProfile
+from models.manifest import Manifest
 from orchestrator import wiring
 from orchestrator.core import Replica
-from orchestrator.routes import GATEWAY_FORGOTTEN_S, Map, Publisher, typical_units
+from orchestrator.routes import GATEWAY_FORGOTTEN_S, Map, Publisher
 from services.dataplane import routes as document
 from services.dataplane.routes import Link, ReplicaState
 from tests.orchestrator.examples import MANIFEST, load
@@ -40,19 +40,6 @@ def test_the_document_has_all_that_a_gateway_needs() -> None:
     link = Link(latency_s=0.001, bandwidth_bytes_per_s=125e6)
     assert routes.links == {"edge-1": {"edge-2": link}, "edge-2": {"edge-1": link}}
     assert routes.pipelines["embed"].epsilon == 0.05
-
-
-def test_the_service_time_is_that_of_one_item_of_typical_length() -> None:
-    encode = MANIFEST.stage("encode")
-    point = ServicePoint(batch=1, length=16, samples=1, mean_s=1, std_s=0, p50_s=1, p95_s=1, p99_s=1)
-    law = ServiceLaw(base_s=0.002, per_unit_s=0.001, tail_ratio=1.5)
-    profile = StageProfile(points=(point,), law=law, resident_bytes=0, load_s=0, threads=1, cpu="")
-    measured = encode.model_copy(update={"profile": {"float32": profile}})
-    stages = tuple(measured if stage.name == "encode" else stage for stage in MANIFEST.stages)
-    services = plan(MANIFEST.model_copy(update={"stages": stages})).routes([], 1).services
-    assert typical_units(encode, MANIFEST) == 16
-    assert services["encode"].service_s == pytest.approx(0.018)
-    assert services["pool"].service_s is None
 
 
 def test_the_version_grows_with_every_change_only_and_across_restarts(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ ECHO = Service(
     tier="light",
     inputs=(TEXT,),
     outputs=(TEXT,),
-    service_s=0.001,
     replicas=(Replica(id="echo-a-0", node="n0", url="http://127.0.0.1:1", state="ready"),),
 )
 PIPELINE = Pipeline(
