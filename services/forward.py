@@ -12,7 +12,7 @@ from services.dataplane import errors, itinerary
 from services.dataplane.errors import Expired, NoReplica, UpstreamFailed
 from services.dataplane.itinerary import Candidate
 from services.dataplane.routing import RetryBudget, RouteBook
-from services.dataplane.wire import BINARY_TYPE, HEADER_LENGTH, JSON_TYPE, Part
+from services.dataplane.wire import HEADER_LENGTH, Part
 from services.transport import HttpAnswer, TimedOut, Transport, Unreachable
 
 TRACE_HEADERS = ("traceparent", "tracestate", "x-request-id")
@@ -57,7 +57,8 @@ class Forwarder:
         Raises:
             TaskError: what the stage answered, Expired when time ran out, or UpstreamFailed when nobody could be reached.
         """
-        headers = {"content-type": JSON_TYPE if call.header_length is None else BINARY_TYPE, **call.trace}
+        # No content type: to our own stages the length of the JSON part says it all.
+        headers = dict(call.trace)
         if call.header_length is not None:
             headers[HEADER_LENGTH] = str(call.header_length)
         self._retries.request()

@@ -6,18 +6,26 @@ still needed, and sends the rest of the itinerary on with it; so a tensor crosse
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from services.dataplane.errors import BadRequest
 
 PARAMETER = "itinerary"
 HOPS = "hops"
-"""Parameter of an answer (and field of an error) that lists what each hop measured, first hop first."""
+"""Field of an error, and parameter of a gateway's answer, that lists what each hop measured, first hop first."""
+HEADER = "x-espalier-hops"
+"""Header of a stage's answer that does. A stage puts its own report before what came from further on, and hands the body on
+unread."""
+TOTAL_HEADER = "x-espalier-total"
+"""Header of a stage's answer with the time it took from the request's arrival [s]."""
 MAX_HOPS = 32
-REPORTED_TIMES = ("wait_s", "queue_s", "compute_s", "transfer_s", "total_s")
+REPORTED_TIMES = ("wait_s", "queue_s", "compute_s", "transfer_s", "total_s", "call_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +119,23 @@ def reports(value: Any) -> list[dict[str, Any]]:
             if not isinstance(seconds, int | float) or not math.isfinite(seconds):
                 raise ValueError(f"a hop's report tells {key} as {str(seconds)[:40]!r}")
     return value
+
+
+def headers(own: Mapping[str, Any], further: str | None) -> list[tuple[bytes, bytes]]:
+    """Headers of a stage's answer: its own report before the list that came from further on, and its total time again."""
+    first = orjson.dumps(own)
+    value = b"[%b]" % first if further is None else b"[%b,%b" % (first, further[1:].encode("latin-1"))
+    return [(HEADER.encode(), value), (TOTAL_HEADER.encode(), str(own["total_s"]).encode())]
+
+
+def read_header(value: str | None) -> list[dict[str, Any]]:
+    """The reports of a chain, each with the time its call spent on the way where the hop before it tells.
+
+    Raises:
+        ValueError: it is not what `headers` makes.
+    """
+    hops = reports(orjson.loads(value.encode("latin-1")) if value is not None else None)
+    for before, hop in itertools.pairwise(hops):
+        if "call_s" in before:
+            hop["transfer_s"] = round(max(before["call_s"] - hop.get("total_s", 0.0), 0.0), 6)
+    return hops

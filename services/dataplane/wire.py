@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -160,26 +160,6 @@ def media_type(header_length: int | None) -> tuple[str, dict[str, str]]:
     if header_length is None:
         return JSON_TYPE, {}
     return BINARY_TYPE, {HEADER_LENGTH: str(header_length)}
-
-
-def amend_parameters(
-    body: bytes, header_length: str | None, change: Callable[[dict[str, Any]], None]
-) -> tuple[bytes, int | None]:
-    """An answer with its parameters changed and its tensors passed on unread.
-
-    Raises:
-        BadRequest: the JSON part is not an object with an object of parameters.
-    """
-    try:
-        raw_start = len(body) if header_length is None else int(header_length)
-        document = orjson.loads(body[:raw_start])
-        change(document.setdefault("parameters", {}))
-    except (ValueError, AttributeError, TypeError):  # JSONDecodeError is a ValueError
-        raise BadRequest("the answer's JSON part is malformed") from None
-    header = orjson.dumps(document)
-    if header_length is None:
-        return header, None
-    return b"".join((header, memoryview(body)[raw_start:])), len(header)
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------------

@@ -75,9 +75,9 @@ class Walker:
             TaskError: the first thing that went wrong; the other branches have been cancelled.
         """
         bag = dict(tensors)
-        after_s = self._after(table, plan)
         if len(plan.segments) == 1:
-            return bag, await self._segment(table, plan.segments[0], bag, until, trace, after_s[0])
+            return bag, await self._segment(table, plan.segments[0], bag, until, trace, 0.0)
+        after_s = self._after(table, plan)
         done = [asyncio.Event() for _ in plan.segments]
         hops: list[Hops] = [[] for _ in plan.segments]
 
@@ -124,7 +124,7 @@ class Walker:
             answer = await self._forwarder.post(call)
         try:
             message = wire.decode_response(answer.body, answer.headers.get(wire.HEADER_LENGTH), self._limits)
-            hops = itinerary.reports(message.parameters.get(itinerary.HOPS))
+            hops = itinerary.read_header(answer.headers.get(itinerary.HEADER))
             fresh = {tensor.name: tensor for tensor in message.tensors}
             bag.update((ref, fresh[ref]) for ref in segment.returns)
         except (TaskError, ValueError, KeyError) as error:

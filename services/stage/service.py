@@ -6,6 +6,7 @@ The same endpoint serves the gateway's itineraries and anybody's plain Open Infe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,11 +138,11 @@ class StageService:
             raise
         kept = self._keep(here, message, result)
         if len(hops) == 1:
-            parameters = {itinerary.HOPS: [self._report(here, until, result)]}
             encoded, header_length = wire.encode_response(
-                Message(kept, parameters=parameters, binary=True), model=self.identity.service, version=VERSION
+                Message(kept, binary=True), model=self.identity.service, version=VERSION
             )
-            return Answer(200, _content(header_length), encoded)
+            report = self._report(here, until, result)
+            return Answer(200, [*_content(header_length), *itinerary.headers(report, None)], encoded)
         return await self._forward(here, hops[1:], kept, result, until, headers)
 
     async def _forward(
@@ -172,25 +173,21 @@ class StageService:
         try:
             answer = await self._forwarder.post(call)
         except TaskError as error:
-            error.hops = [self._report(here, until, result, call.failed), *self._measured(error.hops, call)]
+            if error.hops:
+                error.hops[0]["transfer_s"] = round(max(call.elapsed_s - error.hops[0].get("total_s", 0.0), 0.0), 6)
+            error.hops.insert(0, self._report(here, until, result, call))
             raise
+        further, length = answer.headers.get(itinerary.HEADER), answer.headers.get(wire.HEADER_LENGTH)
+        if further is None or length is None:
+            raise UpstreamFailed(f"service {call.service!r} answered nonsense: it is no stage of ours", stage=call.service)
+        asyncio.get_running_loop().call_soon(self._count_way, call, answer.headers.get(itinerary.TOTAL_HEADER, "0"))
+        reports = itinerary.headers(self._report(here, until, result, call), further)
+        return Answer(200, [*_content(int(length)), *reports], answer.body)
 
-        def insert(parameters: dict[str, Any]) -> None:
-            further = self._measured(itinerary.reports(parameters.get(itinerary.HOPS)), call)
-            parameters[itinerary.HOPS] = [self._report(here, until, result, call.failed), *further]
-
-        try:
-            encoded, header_length = wire.amend_parameters(answer.body, answer.headers.get(wire.HEADER_LENGTH), insert)
-        except (BadRequest, ValueError) as error:
-            raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
-        return Answer(200, _content(header_length), encoded)
-
-    def _measured(self, hops: list[dict[str, Any]], call: Call) -> list[dict[str, Any]]:
-        """The hops behind the next one, with the time the call to it spent on the way."""
-        if hops:
-            hops[0]["transfer_s"] = transfer = round(max(call.elapsed_s - hops[0].get("total_s", 0.0), 0.0), 6)
-            self._metrics.transfer.observe(transfer)
-        return hops
+    def _count_way(self, call: Call, total_s: str) -> None:
+        """Count the time of a call that the stage it went to did not see."""
+        with contextlib.suppress(ValueError):
+            self._metrics.transfer.observe(max(call.elapsed_s - float(total_s), 0.0))
 
     def _keep(self, here: Hop, message: Message, result: Result) -> tuple[Tensor, ...]:
         made = {f"{here.step}.{spec.name}": spec.name for spec in self.spec.outputs}
@@ -204,7 +201,7 @@ class StageService:
                 raise BadRequest(f"the itinerary wants {ref!r} kept, which neither came nor was made here")
         return tuple(kept)
 
-    def _report(self, hop: Hop, until: Deadline, result: Result | None, failed: list[str] | None = None) -> dict[str, Any]:
+    def _report(self, hop: Hop, until: Deadline, result: Result | None, call: Call | None = None) -> dict[str, Any]:
         """What this hop measured, for the gateway's routing and the task's time line. Times in seconds."""
         now = time.monotonic()
         report: dict[str, Any] = {
@@ -218,8 +215,10 @@ class StageService:
         }
         if result is not None:
             report |= {"queue_s": round(result.queue_s, 6), "compute_s": round(result.compute_s, 6), "batch": result.batch}
-        if failed:
-            report["failed"] = failed
+        if call is not None:
+            report["call_s"] = round(call.elapsed_s, 6)
+            if call.failed:
+                report["failed"] = call.failed
         return report
 
     # --- common ---------------------------------------------------------------------------------------------------------

@@ -127,11 +127,10 @@ async def test_d6_a_hop_is_told_what_remains() -> None:
     async def stage(request: Request) -> Answer:
         message = wire.decode_request(request.body, request.headers.get(wire.HEADER_LENGTH), wire.Limits())
         seen.append(dict(message.parameters))
-        parameters = {itinerary.HOPS: [{"replica": "next-0", "total_s": 0.0}]}
-        encoded, length = wire.encode_response(
-            Message((Tensor("next.y", "FP32", numbers(4.0)),), parameters=parameters, binary=True), model="next"
-        )
-        return Answer(200, [(wire.HEADER_LENGTH.encode(), str(length).encode())], encoded)
+        tensor = Tensor("next.y", "FP32", numbers(4.0))
+        encoded, length = wire.encode_response(Message((tensor,), binary=True), model="next")
+        reports = itinerary.headers({"replica": "next-0", "total_s": 0.0}, None)
+        return Answer(200, [(wire.HEADER_LENGTH.encode(), str(length).encode()), *reports], encoded)
 
     recorder = Front(FastAPI())
     recorder.open(Endpoint(stage, body_limit=10_000), {"/": Endpoint(stage, body_limit=10_000)})

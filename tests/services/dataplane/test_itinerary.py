@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.dataplane.errors import BadRequest
-from services.dataplane.itinerary import MAX_HOPS, Candidate, Hop, from_parameter, to_parameter
+from services.dataplane.itinerary import (
+    HEADER,
+    MAX_HOPS,
+    TOTAL_HEADER,
+    Candidate,
+    Hop,
+    from_parameter,
+    headers,
+    read_header,
+    to_parameter,
+)
 
 ENCODE = Hop(
     step="encode",
@@ -118,3 +128,24 @@ def test_whatever_comes_is_an_itinerary_or_a_bad_request(value: Any) -> None:
     except BadRequest:
         return
     assert from_parameter(to_parameter(hops))[0].step == hops[0].step
+
+
+REPORT = {"step": "pool", "replica": "pool-0", "node": "k\u00f6ln", "total_s": 0.25}
+
+
+def test_reports_travel_in_headers_and_the_way_is_what_the_next_hop_did_not_see() -> None:
+    last = dict(headers(REPORT, None))
+    first = dict(headers({"replica": "encode-0", "total_s": 0.75, "call_s": 0.375}, last[HEADER.encode()].decode("latin-1")))
+    assert float(first[TOTAL_HEADER.encode()]) == 0.75
+    assert read_header(first[HEADER.encode()].decode("latin-1")) == [
+        {"replica": "encode-0", "total_s": 0.75, "call_s": 0.375},
+        {**REPORT, "transfer_s": 0.125},
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", [None, "", "{}", "[7]", '[{"replica": 7}]', '[{"replica": "a", "total_s": "b"}]', "[", "\xff"]
+)
+def test_a_header_of_nonsense_is_a_value_error(value: str | None) -> None:
+    with pytest.raises(ValueError, match=r".*"):
+        read_header(value)

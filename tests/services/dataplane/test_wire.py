@@ -693,38 +693,3 @@ def test_good_bodies_with_a_few_bytes_changed(tensors: tuple[Tensor, ...], chang
             case "cut":
                 del spoiled[where:]
     decode_or_refuse(bytes(spoiled), _header(length))
-
-
-# --- amending an answer ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
-@pytest.mark.parametrize("parameters", [{}, {"hops": [1]}], ids=["without parameters", "with parameters"])
-def test_amending_changes_the_parameters_and_nothing_else(binary: bool, parameters: dict[str, Any]) -> None:
-    tensors = (Tensor("x", "FP32", np.arange(3, dtype=np.float32)),)
-    body, length = wire.encode_response(Message(tensors, id="7", parameters=parameters, binary=binary), model="m")
-    amended, new_length = wire.amend_parameters(body, _header(length), lambda found: found.update(more=len(found)))
-    decoded = wire.decode_response(amended, _header(new_length), LIMITS)
-    assert_same(decoded.tensors, tensors)
-    assert decoded.parameters == parameters | {"more": len(parameters)}
-    assert decoded.id == "7"
-
-
-@pytest.mark.parametrize(
-    ("body", "header_length"),
-    [
-        (b"", None),
-        (b"[]", None),
-        (b"7", None),
-        (b"not json", None),
-        (b'{"parameters":[]}', None),
-        (b'{"parameters":7}', None),
-        (b'{"outputs":[]}', "5"),
-        (b'{"outputs":[]}', "0"),
-        (b'{"outputs":[]}', "five"),
-        (b'{"outputs":[]}', ""),
-    ],
-)
-def test_amending_nonsense_is_a_bad_request(body: bytes, header_length: str | None) -> None:
-    with pytest.raises(BadRequest, match="malformed"):
-        wire.amend_parameters(body, header_length, lambda found: found.update(more=1))
