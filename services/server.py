@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,10 @@ from services.hotpath import Answer, Endpoint, Front, Request
 QUIET_S = 0.5
 """Nothing in flight for this long ends the drain early."""
 _POLL_S = 0.05
+KEEP_ALIVE_S = 75
+"""Longest a connection may be idle between two requests [s]."""
+WATCH_S = 5.0
+"""Seconds between two looks at how long a connection has been at what it is at."""
 READ_S = 30.0
 """Longest time from a connection's start, or a request's first byte, to the request's last; then the connection is cut."""
 HEADER_BYTES = 64 << 10
@@ -89,15 +94,27 @@ class HotProtocol(HttpToolsProtocol):
     working: _HotCycle | None = None
     """and the one being answered."""
 
-    _patience: asyncio.TimerHandle | None = None
-    """Runs from a request's first byte to its last."""
+    _phase = "reading"
+    """What the connection is at: `reading` a request (or waiting for its first), `working` on one, `idle` between two."""
+    _since = 0.0
+    """When it came into that phase [s, monotonic]."""
+    _watcher: asyncio.TimerHandle | None = None
+    """One slow timer per connection looks at both; a timer per request would be started and stopped for nothing."""
     _head_bytes = 0
     _in_head = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection that stays silent is cut too."""
         super().connection_made(transport)
-        self._patience = self.loop.call_later(READ_S, transport.abort)
+        self._since = time.monotonic()
+        self._watcher = self.loop.call_later(WATCH_S, self._watch)
+
+    def _watch(self) -> None:
+        limit_s = {"reading": READ_S, "idle": KEEP_ALIVE_S}.get(self._phase, math.inf)
+        if time.monotonic() - self._since > limit_s:
+            self.transport.abort()
+        else:
+            self._watcher = self.loop.call_later(WATCH_S, self._watch)
 
     def on_message_begin(self) -> None:
         """Keep what headers need; uvicorn's scope is made only for requests that go its way."""
@@ -106,8 +123,8 @@ class HotProtocol(HttpToolsProtocol):
         self.expect_100_continue = False
         self._head_bytes = 0
         self._in_head = True
-        if self._patience is None and not self.pipeline:  # behind others it cannot be read, and is not to blame
-            self._patience = self.loop.call_later(READ_S, self.transport.abort)
+        if self._phase == "idle":
+            self._phase, self._since = "reading", time.monotonic()
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser, which bounds neither the number of headers nor the length of one."""
@@ -169,7 +186,7 @@ class HotProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Start on a hot request, or let it wait for its turn."""
-        self._be_patient_no_more()
+        self._phase = "working"
         if self.reading is not None:
             hot, self.reading = self.reading, None
             if hot.waits:
@@ -189,15 +206,20 @@ class HotProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone, and with it the wish for an answer."""
-        self._be_patient_no_more()
+        if self._watcher is not None:
+            self._watcher.cancel()
         if self.working is not None:
             self.working.cancel()
         super().connection_lost(exc)
 
-    def _be_patient_no_more(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+    def on_response_complete(self) -> None:
+        """Called when an answer has been sent: on with what waits, or idle."""
+        if not self.pipeline:
+            self._phase, self._since = "idle", time.monotonic()
+        if self.pipeline or not isinstance(self.cycle, _HotCycle):
+            super().on_response_complete()
+        else:
+            self.server_state.total_requests += 1
 
 
 class _HotCycle:
@@ -309,7 +331,7 @@ def configuration(app: ASGIApp, grace_s: float) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         date_header=False,
-        timeout_keep_alive=75,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(grace_s)),
     )
 

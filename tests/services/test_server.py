@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 from fastapi import FastAPI
 
+from services import server
 from services.hotpath import Answer, Endpoint, Front, Request
 from services.transport import Transport, Unreachable
 from tests.services import harness
@@ -255,3 +257,18 @@ async def test_a_drain_has_a_limit() -> None:
         assert await asyncio.wait_for(process.wait(), 20) is not None
         with pytest.raises(Unreachable):
             await hanging
+
+
+@pytest.mark.parametrize("first", [b"", post(b"half a request")[:-3], post(b"whole")], ids=["silent", "half", "idle"])
+async def test_a_connection_that_goes_quiet_is_cut(first: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("READ_S", "KEEP_ALIVE_S", "WATCH_S"):
+        monkeypatch.setattr(server, limit, 0.05)
+    async with served() as (_, url, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(first)
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionResetError):
+                await reader.read()
+        writer.close()
+        async with Transport() as http:
+            assert (await http.post(f"{url}/v2/models/m/infer", b"on", {}, 5.0)).body == b"no"
