@@ -21,6 +21,11 @@ RETRY_STATUSES = frozenset({429, 503})
 """Refusals by the callee itself, before any work: another replica may well have room."""
 
 
+def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
+    """Of a request's headers those that the next hop gets too."""
+    return {name: headers[name] for name in TRACE_HEADERS if name in headers}
+
+
 @dataclass(slots=True)
 class Call:
     """One call to one service: what is sent, to whom it may go, and what came of it."""

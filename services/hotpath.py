@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from services.dataplane import wire
 from services.dataplane.errors import InternalFailure, TaskError
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,12 @@ class Answer(NamedTuple):
     status: int
     headers: list[tuple[bytes, bytes]]
     body: bytes
+
+
+def content(header_length: int | None) -> list[tuple[bytes, bytes]]:
+    """Headers of an answer whose body `wire` has encoded: its type, and the length of its JSON part where tensors follow."""
+    media, headers = wire.media_type(header_length)
+    return [(b"content-type", media.encode()), *((name.encode(), value.encode()) for name, value in headers.items())]
 
 
 ErrorShape = Callable[[TaskError], dict[str, Any]]

@@ -121,6 +121,11 @@ def reports(value: Any) -> list[dict[str, Any]]:
     return value
 
 
+def way_s(call_s: float, total_s: float) -> float:
+    """What of a call the stage it went to did not see [s]: the way there and back. `total_s` is what the stage took."""
+    return round(max(call_s - total_s, 0.0), 6)
+
+
 def headers(own: Mapping[str, Any], further: str | None) -> list[tuple[bytes, bytes]]:
     """Headers of a stage's answer: its own report before the list that came from further on, and its total time again."""
     first = orjson.dumps(own)
@@ -137,5 +142,5 @@ def read_header(value: str | None) -> list[dict[str, Any]]:
     hops = reports(orjson.loads(value.encode("latin-1")) if value is not None else None)
     for before, hop in itertools.pairwise(hops):
         if "call_s" in before:
-            hop["transfer_s"] = round(max(before["call_s"] - hop.get("total_s", 0.0), 0.0), 6)
+            hop["transfer_s"] = way_s(before["call_s"], hop.get("total_s", 0.0))
     return hops

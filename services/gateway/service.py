@@ -24,12 +24,12 @@ from services.dataplane.errors import (
 )
 from services.dataplane.routing import RetryBudget, RouteBook
 from services.dataplane.wire import Limits, Message, Tensor
-from services.forward import TRACE_HEADERS, Forwarder
+from services.forward import Forwarder, passed_on
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.subscription import Subscription
 from services.gateway.table import Plan, Table
 from services.gateway.walk import Hops, Walker
-from services.hotpath import Answer, Request
+from services.hotpath import Answer, Request, content
 from services.transport import Transport
 
 Trace = dict[str, str]
@@ -128,9 +128,7 @@ class GatewayService:
             binary=message.binary,
         )
         encoded, header_length = wire.encode_response(response, model=plan.pipeline.name, version=VERSION)
-        media, extra = wire.media_type(header_length)
-        headers = [(b"content-type", media.encode()), *((k.encode(), v.encode()) for k, v in extra.items())]
-        return Answer(200, [*headers, server_timing(answered)], encoded)
+        return Answer(200, [*content(header_length), server_timing(answered)], encoded)
 
     async def run(self, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Trace) -> Answered:
         """Compute a task and count its outcome, whatever it is.
@@ -181,7 +179,7 @@ class GatewayService:
 
 def trace_of(headers: Mapping[str, str]) -> Trace:
     """The headers every stage gets too; a request that comes without an id is given one."""
-    trace = {name: headers[name] for name in TRACE_HEADERS if name in headers}
+    trace = passed_on(headers)
     if REQUEST_ID not in trace:
         trace[REQUEST_ID] = f"{random.getrandbits(128):032x}"
     return trace

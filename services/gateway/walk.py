@@ -214,4 +214,4 @@ class Walker:
 def _measure_way(hops: Hops, call: Call) -> None:
     """What of the call the first hop did not see: the way there and back."""
     if hops:
-        hops[0]["transfer_s"] = round(max(call.elapsed_s - hops[0].get("total_s", 0.0), 0.0), 6)
+        hops[0]["transfer_s"] = itinerary.way_s(call.elapsed_s, hops[0].get("total_s", 0.0))

@@ -18,8 +18,8 @@ from services.dataplane.deadline import Deadline
 from services.dataplane.errors import BadRequest, Expired, NotFound, QueueFull, TaskError, UpstreamFailed
 from services.dataplane.itinerary import Hop
 from services.dataplane.wire import Limits, Message, Tensor
-from services.forward import TRACE_HEADERS, Call, Forwarder
-from services.hotpath import Answer, Request
+from services.forward import Call, Forwarder, passed_on
+from services.hotpath import Answer, Request, content
 from services.stage import tensors
 from services.stage.metrics import StageMetrics
 from services.stage.worker import Result, Worker
@@ -112,7 +112,7 @@ class StageService:
         )
         encoded, header_length = wire.encode_response(answer, model=self.identity.service, version=VERSION)
         timing = f"q;dur={result.queue_s * 1e3:.3f}, c;dur={result.compute_s * 1e3:.3f}".encode()
-        return Answer(200, [*_content(header_length), (b"server-timing", timing)], encoded)
+        return Answer(200, [*content(header_length), (b"server-timing", timing)], encoded)
 
     def _wanted(self, message: Message) -> tuple[str, ...]:
         names = tuple(tensor.name for tensor in self.spec.outputs)
@@ -142,7 +142,7 @@ class StageService:
                 Message(kept, binary=True), model=self.identity.service, version=VERSION
             )
             report = self._report(here, until, result)
-            return Answer(200, [*_content(header_length), *itinerary.headers(report, None)], encoded)
+            return Answer(200, [*content(header_length), *itinerary.headers(report, None)], encoded)
         return await self._forward(here, hops[1:], kept, result, until, headers)
 
     async def _forward(
@@ -168,13 +168,13 @@ class StageService:
             header_length=header_length,
             due=until.due,
             least_s=here.reserve_s,
-            trace={name: headers[name] for name in TRACE_HEADERS if name in headers},
+            trace=passed_on(headers),
         )
         try:
             answer = await self._forwarder.post(call)
         except TaskError as error:
             if error.hops:
-                error.hops[0]["transfer_s"] = round(max(call.elapsed_s - error.hops[0].get("total_s", 0.0), 0.0), 6)
+                error.hops[0]["transfer_s"] = itinerary.way_s(call.elapsed_s, error.hops[0].get("total_s", 0.0))
             error.hops.insert(0, self._report(here, until, result, call))
             raise
         further, length = answer.headers.get(itinerary.HEADER), answer.headers.get(wire.HEADER_LENGTH)
@@ -182,12 +182,12 @@ class StageService:
             raise UpstreamFailed(f"service {call.service!r} answered nonsense: it is no stage of ours", stage=call.service)
         asyncio.get_running_loop().call_soon(self._count_way, call, answer.headers.get(itinerary.TOTAL_HEADER, "0"))
         reports = itinerary.headers(self._report(here, until, result, call), further)
-        return Answer(200, [*_content(int(length)), *reports], answer.body)
+        return Answer(200, [*content(int(length)), *reports], answer.body)
 
     def _count_way(self, call: Call, total_s: str) -> None:
         """Count the time of a call that the stage it went to did not see."""
         with contextlib.suppress(ValueError):
-            self._metrics.transfer.observe(max(call.elapsed_s - float(total_s), 0.0))
+            self._metrics.transfer.observe(itinerary.way_s(call.elapsed_s, float(total_s)))
 
     def _keep(self, here: Hop, message: Message, result: Result) -> tuple[Tensor, ...]:
         made = {f"{here.step}.{spec.name}": spec.name for spec in self.spec.outputs}
@@ -239,8 +239,3 @@ class StageService:
             raise NotFound(f"no model {parameters['model']!r} here; this stage serves {self.identity.service!r}")
         if parameters.get("version", VERSION) != VERSION:
             raise NotFound(f"model {self.identity.service!r} has no version {parameters['version']!r}, only {VERSION}")
-
-
-def _content(header_length: int | None) -> list[tuple[bytes, bytes]]:
-    media, headers = wire.media_type(header_length)
-    return [(b"content-type", media.encode()), *((name.encode(), value.encode()) for name, value in headers.items())]
