@@ -22,8 +22,8 @@ $(READY): pyproject.toml $(PINS)/dev.txt $(PINS)/torch.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-demo: $(READY) ## the whole system on this machine, 60 s of load, the on-time table, out/demo/report.json
-	PATH="$(CURDIR)/$(BIN):$$PATH" deploy/demo.sh
+demo: ## the whole system on this machine, 60 s of load, the on-time table, out/demo/report.json (RUNTIME=engine|processes)
+	deploy/demo.sh
 
 up: $(READY) ## export the models and start TESTBED (default: the demo's) in the background
 	$(BIN)/espalier export $(TESTBED)

@@ -8,6 +8,7 @@ process), 130 interrupted. Commands import what they need when they run, so that
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ _output = click.option(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    # Quantising loads ONNX Runtime by a door that is not ours; see `models.session`.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         status: int = _commands.main(arguments, prog_name="python -m models", standalone_mode=False) or OK
     except click.exceptions.Abort:

@@ -5,14 +5,18 @@ It imports nothing of the project but the errors, so that a process that measure
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from models.errors import StageBroken
+
+# It would report its use to its maker, from a thread of its own; it looks for this when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -6,11 +6,13 @@ Exit status: 0 ok, 1 an objective was missed, 2 wrong usage or configuration, 3 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from rich.live import Live
 from models.manifest import ManifestError
 from models.manifest import load as load_manifest
 from orchestrator import bench as benches
+from orchestrator import bundle as bundles
 from orchestrator import client as clients
 from orchestrator import display, facts, lifecycle, wiring
+from orchestrator import replay as replays
 from orchestrator import testbed as testbeds
 from orchestrator.errors import EspalierError, TestbedInvalid
 from orchestrator.runtimes import child as children
@@ -63,12 +67,30 @@ def _running(context: click.Context, parameter: click.Parameter, value: str) -> 
     return testbeds.load(path).testbed.name if path.suffix in (".yaml", ".yml") else value
 
 
+_url = click.option(
+    "--url", envvar="ESPALIER_URL", help="Control plane of the orchestrator [default: that of the state directory]."
+)
 _name = click.option(
     "--testbed", "name", default="demo", show_default=True, callback=_running, help="A running testbed: its name or its file."
 )
 _output = click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="What goes to stdout."
 )
+
+
+def _orchestrator(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that tell which orchestrator is meant; the command gets a client of it first."""
+
+    @functools.wraps(command)
+    def connected(*arguments: Any, name: str, state_dir: Path | None, url: str | None, **options: Any) -> None:
+        with _client(url, state_dir, name) as client:
+            command(client, *arguments, **options)
+
+    return _name(_state_dir(_url(connected)))
+
+
+def _client(url: str | None, state_dir: Path | None, name: str) -> clients.Client:
+    return clients.Client(url) if url else clients.connect(StateDir(state_dir or STATES / name))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
@@ -163,8 +185,17 @@ def _models(*arguments: str) -> None:
 @_testbed_file
 @_models_dir
 @_state_dir
+@_url
 @click.option("--detach/--foreground", default=True, help="Leave the orchestrator running, or stay with it.  [default: detach]")
 @click.option("--limit", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Longest wait for ready [s].")
+@click.option(
+    "--runtime",
+    type=click.Choice(["processes", "engine"]),
+    default="processes",
+    show_default=True,
+    help="Replicas as processes of this machine, or as containers of its Docker engine.",
+)
+@click.option("--engine-image", help="Image of the stages' containers [default: espalier/stage of this version].")
 @click.option("--stage-module", hidden=True, envvar="ESPALIER_STAGE_MODULE")
 @click.option("--gateway-module", hidden=True, envvar="ESPALIER_GATEWAY_MODULE")
 @_output
@@ -172,32 +203,35 @@ def up(
     testbed: Path,
     models_dir: Path,
     state_dir: Path | None,
+    url: str | None,
     detach: bool,
     limit: float,
-    stage_module: str | None,
-    gateway_module: str | None,
     output: str,
+    **daemon: str | None,
 ) -> None:
-    """Start the testbed's stages and gateway, and the orchestrator that keeps them; wait until all are ready."""
+    """Start the testbed's stages and gateway, and the orchestrator that keeps them; wait until all are ready.
+
+    Where they run already, they are updated: replicas that are not as the testbed, its models or its images now say are
+    replaced one at a time, and all is put back if the new ones do not become ready.
+    """
     loaded = testbeds.load(testbed)
     state = StateDir(state_dir or STATES / loaded.testbed.name)
-    modules = [
-        word
-        for option, module in (("--stage-module", stage_module), ("--gateway-module", gateway_module))
-        if module
-        for word in (option, module)
-    ]
-    start = lifecycle.Start(testbed, models_dir, tuple(modules))
-    if not detach:
-        os.execve(sys.executable, start.argv(state), children.environment(lifecycle.ROOT))
     began = time.monotonic()
-    status = _with_progress(lambda show: lifecycle.bring_up(start, loaded, state, limit, show))
-    url = status["gateway"]["url"]
-    if output == "json":
-        click.echo(json.dumps({"gateway": url, "state_dir": str(state.root), "status": status}, indent=2))
+    if url:
+        with clients.Client(url) as client:
+            status = _with_progress(lambda show: lifecycle.update(client, loaded, limit, show))
     else:
-        click.echo(f"{loaded.testbed.name} is ready after {time.monotonic() - began:.1f} s; gateway: {url}", err=True)
-        click.echo(url)
+        words = [word for name, value in daemon.items() if value for word in (f"--{name.replace('_', '-')}", value)]
+        start = lifecycle.Start(testbed, models_dir, tuple(words))
+        if not detach:
+            os.execve(sys.executable, start.argv(state), children.environment(lifecycle.ROOT))
+        status = _with_progress(lambda show: lifecycle.bring_up(start, loaded, state, limit, show))
+    gateway = status["gateway"]["url"]
+    if output == "json":
+        click.echo(json.dumps({"gateway": gateway, "state_dir": str(state.root), "status": status}, indent=2))
+    else:
+        click.echo(f"{loaded.testbed.name} is ready after {time.monotonic() - began:.1f} s; gateway: {gateway}", err=True)
+        click.echo(gateway)
 
 
 def _with_progress(work: Any) -> Any:
@@ -221,62 +255,54 @@ def down(name: str, state_dir: Path | None) -> None:
 
 
 @main.command()
-@_name
-@_state_dir
+@_orchestrator
 @click.option("--watch", is_flag=True, help="Again every second, until interrupted.")
 @_output
-def status(name: str, state_dir: Path | None, watch: bool, output: str) -> None:
+def status(client: clients.Client, watch: bool, output: str) -> None:
     """What runs, how it does, and what was decided last."""
-    with clients.connect(StateDir(state_dir or STATES / name)) as client:
-        if output == "json":
-            while True:
-                click.echo(json.dumps(client.status(), indent=None if watch else 2))
-                if not watch:
-                    return
-                time.sleep(1)
-        console = display.console()
-        if not watch:
-            console.print(display.status(client.status()))
-            return
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                live.update(display.status(client.status()), refresh=True)
-                time.sleep(1)
+    if output == "json":
+        while True:
+            click.echo(json.dumps(client.status(), indent=None if watch else 2))
+            if not watch:
+                return
+            time.sleep(1)
+    console = display.console()
+    if not watch:
+        console.print(display.status(client.status()))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(display.status(client.status()), refresh=True)
+            time.sleep(1)
 
 
 @main.command()
+@_orchestrator
 @click.argument("service")
 @click.argument("replicas", type=click.IntRange(min=0))
 @click.option("--standby", type=click.IntRange(min=0), help="Replicas that are loaded and idle; left as it is by default.")
 @click.option("--wait", is_flag=True, help="Until it is so.")
 @click.option("--limit", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Longest wait [s].")
-@_name
-@_state_dir
-def scale(
-    service: str, replicas: int, standby: int | None, wait: bool, limit: float, name: str, state_dir: Path | None
-) -> None:
+def scale(client: clients.Client, service: str, replicas: int, standby: int | None, wait: bool, limit: float) -> None:
     """Set the number of replicas of SERVICE."""
-    with clients.connect(StateDir(state_dir or STATES / name)) as client:
-        client.scale(service, replicas, standby)
-        if wait:
-            _wait_until_settled(client, [service], limit)
+    client.scale(service, replicas, standby)
+    if wait:
+        _wait_until_settled(client, [service], limit)
 
 
 @main.command()
+@_orchestrator
 @click.argument("service", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every service.")
 @click.option("--wait", is_flag=True, help="Until all are replaced.")
 @click.option("--limit", type=click.FloatRange(min=0), default=300.0, show_default=True, help="Longest wait [s].")
-@_name
-@_state_dir
-def restart(service: str | None, everything: bool, wait: bool, limit: float, name: str, state_dir: Path | None) -> None:
+def restart(client: clients.Client, service: str | None, everything: bool, wait: bool, limit: float) -> None:
     """Replace every replica of SERVICE, one at a time: the new one is ready before the old one drains."""
     if (service is None) == (not everything):
         raise click.UsageError("name one SERVICE, or give --all")
-    with clients.connect(StateDir(state_dir or STATES / name)) as client:
-        client.restart(None if service is None else [service])
-        if wait:
-            _wait_until_settled(client, [service] if service else list(client.status()["services"]), limit)
+    client.restart(None if service is None else [service])
+    if wait:
+        _wait_until_settled(client, [service] if service else list(client.status()["services"]), limit)
 
 
 def _wait_until_settled(client: clients.Client, services: list[str], limit_s: float) -> None:
@@ -293,6 +319,9 @@ def _wait_until_settled(client: clients.Client, services: list[str], limit_s: fl
 @main.command()
 @_testbed_file
 @_state_dir
+@_url
+@click.option("--wait", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Longest wait for ready [s].")
+@click.option("--gateway", metavar="URL", help="Send to this address [default: the one the orchestrator knows].")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as JSON.")
 @click.option("--records", type=click.Path(path_type=Path, dir_okay=False), help="Write one JSON line per task.")
 @click.option("--warmup", type=click.FloatRange(min=0), default=5.0, show_default=True, help="Load that is not measured [s].")
@@ -303,6 +332,9 @@ def _wait_until_settled(client: clients.Client, services: list[str], limit_s: fl
 def bench(
     testbed: Path,
     state_dir: Path | None,
+    url: str | None,
+    wait: float,
+    gateway: str | None,
     report: Path | None,
     records: Path | None,
     warmup: float,
@@ -317,8 +349,10 @@ def bench(
         raise click.UsageError(f"{testbed} has no workload; add one, or use python -m loadgen")
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
-    options = benches.Options(warmup, seed, objective, duration, records, output == "json")
-    with clients.connect(StateDir(state_dir or STATES / loaded.name)) as client:
+    options = benches.Options(warmup, seed, objective, duration, records, output == "json", gateway)
+    with _client(url, state_dir, loaded.name) as client:
+        if wait:
+            _with_progress(lambda show: lifecycle.wait_until_up(client, wait, show))
         result = benches.run(loaded, client, options)
     if result.report is not None:
         if report is not None:
@@ -339,6 +373,70 @@ def info(output: str) -> None:
         click.echo(json.dumps(found, indent=2))
     else:
         display.console().print(display.pairs(found))
+
+
+# --- decision logs and bundles --------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("log", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@_output
+def replay(log: Path, output: str) -> None:
+    """Decide every slot of the decision log LOG again; exit 1 where something comes out otherwise."""
+    result = replays.replay(log)
+    if output == "json":
+        click.echo(json.dumps({"log": str(log), **result.document()}, indent=2))
+    else:
+        for line in replays.lines(log, result):
+            click.echo(line)
+    sys.exit(1 if result.different else 0)
+
+
+@main.group()
+def bundle() -> None:
+    """Images and wheels in one archive, for a box with no network."""
+
+
+@bundle.command("save")
+@click.argument("archive", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--images/--no-images", default=True, show_default=True, help="Images of docker-compose.yml, those that exist.")
+@click.option("--compress/--no-compress", default=True, show_default=True, help="Compress images: less than half as large.")
+@click.option(
+    "--wheels", multiple=True, type=click.Choice(bundles.REQUIREMENTS), default=bundles.DEFAULT_WHEELS, show_default=True,
+    help="Requirement files whose wheels go in; once for each. dev holds everything.",
+)  # fmt: skip
+@click.option("--no-wheels", is_flag=True, help="No wheels: the box runs containers only.")
+@click.option("--models", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Exported models to put in.")
+@_output
+def bundle_save(
+    archive: Path, images: bool, compress: bool, wheels: tuple[str, ...], no_wheels: bool, models: Path | None, output: str
+) -> None:
+    """Write what a box with no network needs to FILE."""
+    contents = bundles.Contents(images, compress, () if no_wheels else wheels, models)
+    with bundles.bar() as progress:
+        manifest = bundles.save(archive, lifecycle.ROOT, contents, progress)
+    if output == "json":
+        click.echo(json.dumps({"file": str(archive), "size_bytes": archive.stat().st_size, **manifest.model_dump()}, indent=2))
+    else:
+        for line in bundles.described(archive, manifest):
+            click.echo(line)
+
+
+@bundle.command("load")
+@click.argument("archive", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--into", type=click.Path(path_type=Path, file_okay=False), default=Path("espalier"), show_default=True)
+@click.option("--force", is_flag=True, help="Replace files there that differ from the bundle's.")
+@_output
+def bundle_load(archive: Path, into: Path, force: bool, output: str) -> None:
+    """Verify FILE, unpack it and load its images; exit 4 where no engine answers and images are left out."""
+    with bundles.bar() as progress:
+        result = bundles.load(archive, into, progress, replace=force)
+    if output == "json":
+        click.echo(json.dumps(result.document(), indent=2))
+    else:
+        for line in result.lines():
+            click.echo(line)
+    sys.exit(4 if result.no_engine else 0)
 
 
 if __name__ == "__main__":

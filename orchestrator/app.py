@@ -12,11 +12,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from orchestrator.errors import EspalierError, Infeasible, UsageError
+from orchestrator.errors import Conflict, EspalierError, Infeasible, UsageError
 from services.dataplane.document import Document
 from services.dataplane.routes import Routes
 
-REASONS = {400: "bad_request", 409: "infeasible", 503: "unavailable"}
+REASONS = {400: "bad_request", 409: "infeasible", 423: "busy", 503: "unavailable"}
 """Machine-readable reason of each status; the data plane's errors have the same shape."""
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,6 +38,17 @@ class Restart(Document):
     """None: all of them."""
 
 
+class Update(Document):
+    """`POST /v1/update`."""
+
+    testbed: str = Field(max_length=1 << 20)
+    """Text of the testbed file."""
+    name: str = Field(default="testbed", max_length=4096)
+    """What to call the file in messages."""
+    limit: float = Field(default=300.0, gt=0, le=3600)
+    """Longest time until everything new is ready [s]; then the old state comes back."""
+
+
 class Controls(Protocol):
     """What the control plane can do."""
 
@@ -47,6 +58,9 @@ class Controls(Protocol):
     def exposition(self) -> bytes:
         """The page of `GET /metrics`."""
 
+    def targets(self) -> list[dict[str, Any]]:
+        """The document of `GET /v1/targets`."""
+
     async def routes(self, after: int, wait_s: float, gateway: str | None) -> Routes | None:
         """The routes as soon as their version is not `after`; None when `wait_s` passed first."""
 
@@ -55,6 +69,9 @@ class Controls(Protocol):
 
     def restart(self, services: list[str] | None) -> None:
         """Order that every replica be replaced."""
+
+    def update(self, text: str, name: str, limit_s: float) -> None:
+        """Begin to replace the testbed by another version of it."""
 
     def shut_down(self) -> None:
         """Begin to drain and stop everything, then end."""
@@ -66,7 +83,8 @@ def build(controls: Controls) -> FastAPI:
 
     @app.exception_handler(EspalierError)
     async def refuse(_: Request, error: EspalierError) -> JSONResponse:
-        status = 409 if isinstance(error, Infeasible) else 400 if isinstance(error, UsageError) else 503
+        kinds = {Infeasible: 409, Conflict: 423, UsageError: 400}
+        status = next((status for kind, status in kinds.items() if isinstance(error, kind)), 503)
         return JSONResponse({"error": str(error), "reason": REASONS[status]}, status)
 
     @app.exception_handler(RequestValidationError)
@@ -100,10 +118,19 @@ def build(controls: Controls) -> FastAPI:
         controls.restart(order.services)
         return JSONResponse({"accepted": True}, 202)
 
+    @app.post("/v1/update", status_code=202)
+    async def update(order: Update) -> JSONResponse:
+        controls.update(order.testbed, order.name, order.limit)
+        return JSONResponse({"accepted": True}, 202)
+
     @app.post("/v1/shutdown", status_code=202)
     async def shut_down() -> JSONResponse:
         controls.shut_down()
         return JSONResponse({"accepted": True}, 202)
+
+    @app.get("/v1/targets")
+    async def targets() -> JSONResponse:
+        return JSONResponse(controls.targets())
 
     @app.get("/metrics")
     async def metrics() -> Response:

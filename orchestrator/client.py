@@ -1,4 +1,4 @@
-"""The command line's side of the control plane: finds a running orchestrator by its state directory and talks to it."""
+"""The command line's side of the control plane: finds a running orchestrator and talks to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from orchestrator.errors import RunFailed, UsageError
-from orchestrator.state_dir import Daemon, StateDir
+from orchestrator.state_dir import StateDir
 
 ANSWER_S = 5.0
 POLL_S = 0.1
@@ -18,9 +18,9 @@ POLL_S = 0.1
 class Client:
     """One orchestrator. Its methods mirror the endpoints of `orchestrator.app`."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        self.daemon = daemon
-        self._http = httpx.Client(base_url=daemon.url, timeout=ANSWER_S, trust_env=False)
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._http = httpx.Client(base_url=url, timeout=ANSWER_S, trust_env=False)
 
     def __enter__(self) -> Client:
         return self
@@ -40,6 +40,10 @@ class Client:
     def restart(self, services: list[str] | None) -> None:
         """`POST /v1/restart`."""
         self._ask("POST", "/v1/restart", {"services": services})
+
+    def update(self, text: str, name: str, limit_s: float) -> None:
+        """`POST /v1/update`."""
+        self._ask("POST", "/v1/update", {"testbed": text, "name": name, "limit": limit_s})
 
     def shut_down(self) -> None:
         """`POST /v1/shutdown`."""
@@ -65,7 +69,7 @@ class Client:
         try:
             answer = self._http.request(method, path, json=body)
         except httpx.TransportError as error:
-            raise RunFailed(f"the orchestrator at {self.daemon.url} does not answer: {error}") from None
+            raise RunFailed(f"the orchestrator at {self._url} does not answer: {error}") from None
         if answer.is_success:
             return answer
         message = _message(answer)
@@ -83,7 +87,7 @@ def connect(state: StateDir) -> Client:
     daemon = state.read_daemon()
     if daemon is None or not daemon.is_alive():
         raise RunFailed(f"nothing is up in {state.root}; start it with espalier up")
-    return Client(daemon)
+    return Client(daemon.url)
 
 
 def unsettled(status: dict[str, Any]) -> str:

@@ -6,31 +6,39 @@ The only place that knows every part. It decides nothing itself: the policy deci
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from models.manifest import Manifest
+from orchestrator import plan as plans
 from orchestrator import testbed as testbeds
-from orchestrator import wiring
-from orchestrator.core import Target
+from orchestrator.core import Placement, Target
 from orchestrator.costs import Prices
-from orchestrator.decision_log import DecisionLog
-from orchestrator.errors import UsageError
+from orchestrator.decision_log import DecisionLog, Origin
+from orchestrator.errors import Conflict, EspalierError, UsageError
+from orchestrator.given_gateway import GivenGateway
 from orchestrator.metrics import Metrics
 from orchestrator.orders import Orders
-from orchestrator.routes import Map, Publisher
+from orchestrator.plan import Plan
+from orchestrator.rollout import Progress, Rollout, Standing
+from orchestrator.routes import Publisher
 from orchestrator.runner import Runner
 from orchestrator.runtimes import child as children
+from orchestrator.runtimes.doorkeeper import NAME as GATEWAY_NAME
 from orchestrator.runtimes.doorkeeper import Door, Doorkeeper
-from orchestrator.runtimes.processes import Launch, Processes
-from orchestrator.scaling.manual import Manual, ManualState, running
+from orchestrator.runtimes.driver import Launch
+from orchestrator.runtimes.keeper import Keeper
+from orchestrator.runtimes.processes import Processes
+from orchestrator.scaling.manual import ManualState, running
 from orchestrator.state_dir import StateDir
-from orchestrator.telemetry.scrape import Scrape
-from orchestrator.testbed import Loaded
+from orchestrator.telemetry import sources, targets
+from orchestrator.telemetry.live import Live
+from orchestrator.telemetry.sources import Endpoint
+from orchestrator.testbed import Loaded, Testbed
 from services.dataplane.routes import Routes
 
 log = logging.getLogger(__name__)
@@ -40,51 +48,69 @@ ROOT = Path(__file__).resolve().parents[1]
 """Where the package lies, for the processes we start."""
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an orchestrator is told beside its testbed."""
+
+    models_dir: Path
+    control_url: str
+    """Where gateways ask for the routes."""
+    stage_module: str = STAGE_MODULE
+    gateway_module: str = GATEWAY_MODULE
+    gateway_url: str | None = None
+    """A gateway that somebody else keeps running; None: we keep one ourselves, as a process."""
+    prometheus_url: str | None = None
+    """Server to observe through; None: every source is scraped directly."""
+
+
 class Orchestrator:
     """All parts of one running testbed; the `app.Controls` of its control plane."""
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        models: Mapping[str, Manifest],
-        wired: wiring.Wiring,
-        state: StateDir,
-        models_dir: Path,
-        control_url: str,
-        stage_module: str = STAGE_MODULE,
-        gateway_module: str = GATEWAY_MODULE,
-    ) -> None:
-        self._testbed = testbed = loaded.testbed
-        self._sha256, self._state, self._models_dir = loaded.sha256, state, models_dir.resolve()
-        self._stage_module = stage_module
+    def __init__(self, plan: Plan, state: StateDir, settings: Settings) -> None:
+        self._plan, self._state, self._settings = plan, state, settings
         self._began = time.monotonic()
         self._end = asyncio.Event()
         self._stop_all = False
         self.interrupted = False
-        self._services = {service.name: service for service in testbed.core_services(wired.tiers)}
         self._orders = Orders(state.orders)
         self._metrics = Metrics()
-        self._publisher = Publisher(Map(testbed, models, wired.pipelines), state.routes)
+        self._publisher = Publisher(plan.map(), state.routes)
+        self._policy = plan.policy()
+        self._services = plan.services()
         self._runtime = self._make_runtime()
-        self._gateway = self._make_gateway(control_url, gateway_module)
-        self._telemetry = Scrape(self._gateway_urls)
-        self._policy = self._make_policy()
+        self._gateway = self._make_gateway()
+        self._telemetry = Live(self._gateways, settings.prometheus_url, lambda: self._testbed.control.stale_after)
         self._runner = self._make_runner()
+        self._rollout: Rollout | None = None
+        self._rolling: asyncio.Task[None] | None = None
+        self._refused: Progress | None = None
 
-    async def run(self) -> None:
-        """Adopt or start everything and keep it until told to end."""
-        adopted = self._runtime.adopt()
+    @property
+    def _testbed(self) -> Testbed:
+        return self._plan.testbed
+
+    async def run(self, update: Loaded | None = None, limit_s: float = 0.0) -> None:
+        """Adopt or start everything and keep it until told to end.
+
+        Args:
+            update: a version of the testbed to go over to from the start.
+            limit_s: longest time for that [s].
+        """
+        adopted = await self._runtime.adopt()
         log.info("testbed %s: %d replicas adopted", self._testbed.name, adopted)
         loop: asyncio.Task[None] | None = None
         try:
             # Before any replica is started: a port that is taken must leave nothing behind.
             await self._gateway.open()
             loop = asyncio.create_task(self._runner.run())
+            if update is not None:
+                self._update_at_start(update, limit_s)
             await self._end.wait()
         finally:
-            if loop is not None:
-                loop.cancel()
-                await asyncio.gather(loop, return_exceptions=True)
+            tasks = [task for task in (loop, self._rolling) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._close()
 
     async def _close(self) -> None:
@@ -103,6 +129,13 @@ class Orchestrator:
         """End soon; with `stop_all`, drain and stop everything first."""
         self._stop_all = self._stop_all or stop_all
         self._end.set()
+
+    async def terminate(self) -> None:
+        """We are told to stop: leave what runs to a successor, unless it is all being taken down."""
+        going_down = isinstance(self._gateway, GivenGateway) and not await self._gateway.is_there()
+        if going_down:
+            log.info("the gateway is gone, so the whole testbed is being taken down")
+        self.end(stop_all=going_down)
 
     def interrupt(self) -> None:
         """Somebody pressed Ctrl-C: drain and stop everything."""
@@ -123,11 +156,15 @@ class Orchestrator:
         if replicas < floor:
             raise UsageError(f"{service} keeps at least {floor} replicas (its floor); asked for {replicas}")
         target = Target(replicas, current[service].standby if standby is None else standby)
-        seen = self._runner.observation
-        self._policy.place({**current, service: target}, self._runner.desired or (running(seen) if seen else None))
+        self._policy.place({**current, service: target}, self._placed())
         self._orders.scale(service, target)
         log.info("order: %s to %d replicas and %d on standby", service, target.replicas, target.standby)
         self._runner.wake()
+
+    def _placed(self) -> Placement | None:
+        """What was placed last; what runs, where nothing was yet."""
+        seen = self._runner.observation
+        return self._runner.desired or (running(seen) if seen else None)
 
     def restart(self, services: list[str] | None) -> None:
         """Order that every replica be replaced, one at a time."""
@@ -137,6 +174,44 @@ class Orchestrator:
         log.info("order: replace every replica of %s", ", ".join(names))
         self._runtime.relaunch(self._launches())
 
+    def update(self, text: str, name: str, limit_s: float) -> None:
+        """Begin to replace the testbed by another version of it; see `rollout`."""
+        if self._rolling is not None and not self._rolling.done():
+            raise Conflict("an update is under way; wait until it has ended (espalier status)")
+        new = plans.make(testbeds.parse(text, name), self._settings.models_dir)
+        rollout = Rollout(self._plan, new, take=self._take, look=self._standing)
+        policy = rollout.both.policy()
+        policy.place(policy.wanted(self._orders.targets), self._placed())
+        self._rollout = rollout
+        self._rolling = asyncio.create_task(self._roll(rollout, new, text, limit_s))
+
+    def _update_at_start(self, given: Loaded, limit_s: float) -> None:
+        """As `update`, but nobody is there to be refused: what runs goes on, and the status says why it was not changed."""
+        try:
+            self.update(given.text, given.path, limit_s)
+        except EspalierError as error:
+            log.error("not updated: %s", error)
+            self._refused = Progress("rolled_back", given.sha256, str(error))
+
+    async def _roll(self, rollout: Rollout, new: Plan, text: str, limit_s: float) -> None:
+        log.info("update to testbed file %s", new.loaded.sha256[:12])
+        await self._runtime.refresh()
+        await rollout.run(limit_s)
+        if rollout.progress.state == "done":
+            self._state.keep_testbed(text)
+        log.info("update: %s %s", rollout.progress.state, rollout.progress.reason)
+
+    def _take(self, plan: Plan) -> None:
+        """Put a plan into force."""
+        self._plan, self._services, self._policy = plan, plan.services(), plan.policy()
+        self._publisher.replan(plan.map())
+        self._runtime.relaunch(self._launches(), self._services, plan.nodes())
+        self._runner.change(self._policy, prices=self._prices(), slot_s=plan.testbed.control.slot)
+
+    def _standing(self) -> Standing:
+        unsettled = tuple(name for name in self._services if not self._service_status(name)["settled"])
+        return Standing(unsettled, {place: backoff.failures for place, backoff in self._runtime.backoffs().items()})
+
     def shut_down(self) -> None:
         """Begin to drain and stop everything."""
         self.end(stop_all=True)
@@ -145,10 +220,16 @@ class Orchestrator:
         """The page of `GET /metrics`."""
         self._runner.account()
         self._metrics.show(self._runtime.replicas(), self._runner.desired)
-        self._metrics.ages(self._telemetry.ages_s())
+        self._metrics.telemetry(self._telemetry.ages_s(), self._telemetry.used)
         self._metrics.runtime_acted(self._runtime.actions)
+        self._metrics.failed({place: backoff.total for place, backoff in self._runtime.backoffs().items()})
+        self._metrics.promises({name: (p.deadline, p.epsilon) for name, p in self._testbed.pipelines.items()})
         self._metrics.spent(self._runner.cost)
         return self._metrics.exposition()
+
+    def targets(self) -> list[dict[str, Any]]:
+        """The document of `GET /v1/targets`."""
+        return targets.document(sources.sampled(self._runtime.replicas()), self._gateways())
 
     def status(self) -> dict[str, Any]:
         """The document of `GET /v1/status`."""
@@ -159,19 +240,24 @@ class Orchestrator:
         gateway_ready = gateway is not None and gateway.state == "ready"
         return {
             "testbed": self._testbed.name,
-            "sha256": self._sha256,
+            "sha256": self._plan.loaded.sha256,
             "ready": gateway_ready and all(s["states"]["ready"] >= s["wanted"]["ready"] for s in services.values()),
             "uptime_s": round(time.monotonic() - self._began, 3),
             "version": self._publisher.current.version,
             "gateway": None if gateway is None else {"url": gateway.url, "state": gateway.state, "pid": gateway.pid},
             "services": services,
             "pipelines": {name: self._pipeline_status(name) for name in self._testbed.pipelines},
+            "update": self._update_status(),
             "decision": None if decision is None else {"hold": decision.desired is None, "reason": decision.reason},
             "slots": {"done": self._runner.slots, "failed": self._runner.failed_slots},
             "cost": {
                 "total": cost.total, "replicas": cost.replicas, "standby": cost.standby, "starts": cost.starts,
             },
         }  # fmt: skip
+
+    def _update_status(self) -> dict[str, Any] | None:
+        progress = self._rollout.progress if self._rollout is not None else self._refused
+        return None if progress is None else asdict(progress)
 
     def _service_status(self, name: str) -> dict[str, Any]:
         ours = [replica for replica in self._runtime.replicas() if replica.service == name]
@@ -192,7 +278,7 @@ class Orchestrator:
                 for field in ("age_s", "arrival_rate", "queue_length", "inflight", "wait_s", "service_s")
             },
             "replicas": [
-                {"id": r.id, "node": r.node, "state": r.state, "url": r.url, "pid": self._runtime.pid(r.id)} for r in ours
+                {"id": r.id, "node": r.node, "state": r.state, "url": r.url, **self._runtime.runs_as(r.id)} for r in ours
             ],
         }  # fmt: skip
 
@@ -204,25 +290,30 @@ class Orchestrator:
 
     # --- parts ------------------------------------------------------------------------------------------------------------
 
-    def _make_runtime(self) -> Processes:
-        control = self._testbed.control
-        return Processes(
+    def _make_runtime(self) -> Keeper:
+        control, settings = self._testbed.control, self._settings
+        return Keeper(
+            driver=Processes(
+                models_dir=settings.models_dir, module=settings.stage_module, environment=children.environment(ROOT)
+            ),
             state_dir=self._state.root,
             launches=self._launches(),
             services=self._services,
-            nodes={node.name: node for node in self._testbed.core_nodes()},
+            nodes=self._plan.nodes(),
             routing=self._publisher,
-            environment=children.environment(ROOT),
             start_timeout_s=control.start_timeout,
             surge=control.surge,
         )
 
-    def _make_gateway(self, control_url: str, module: str) -> Doorkeeper:
+    def _make_gateway(self) -> Doorkeeper | GivenGateway:
+        if self._settings.gateway_url is not None:
+            return GivenGateway(self._settings.gateway_url)
         gateway = self._testbed.gateway
+        routes = ("--routes-url", f"{self._settings.control_url}/v1/routes")
         return Doorkeeper(
             state_dir=self._state.root,
             argv=(
-                *(sys.executable, "-m", module, "--routes-url", f"{control_url}/v1/routes"),
+                *(sys.executable, "-m", self._settings.gateway_module, *routes),
                 *("--routes-file", str(self._state.gateway_routes.resolve())),
             ),
             door=Door(self._testbed.gateway_node, gateway.host, gateway.port),
@@ -230,48 +321,50 @@ class Orchestrator:
             on_death=self._publisher.forget,
         )
 
-    def _make_policy(self) -> Manual:
-        return Manual(
-            services=tuple(self._services.values()),
-            nodes=self._testbed.core_nodes(),
-            targets=self._testbed.targets(),
-            flows=self._testbed.flows(),
-            latencies_s=self._testbed.latencies_s(),
-            stale_after_s=self._testbed.control.stale_after,
-        )
-
     def _make_runner(self) -> Runner[ManualState]:
-        control = self._testbed.control
         return Runner(
             policy=self._policy,
             telemetry=self._telemetry,
             runtime=self._runtime,
-            decisions=DecisionLog(self._state.decisions, ManualState),
+            decisions=DecisionLog(self._state.decisions, lambda: Origin(self._testbed.name, self._plan.loaded.sha256)),
             orders=lambda: self._orders.targets,
             version=lambda: self._publisher.current.version,
             metrics=self._metrics,
-            prices=Prices(**control.costs.model_dump()),
-            slot_s=control.slot,
+            prices=self._prices(),
+            slot_s=self._testbed.control.slot,
         )
+
+    def _prices(self) -> Prices:
+        return Prices(**self._testbed.control.costs.model_dump())
 
     def _launches(self) -> dict[str, Launch]:
         return {name: self._launch(name) for name in self._testbed.services}
 
     def _launch(self, name: str) -> Launch:
         section = self._testbed.services[name]
-        argv = [
-            *(sys.executable, "-m", self._stage_module, "--model", str(self._models_dir / section.model)),
+        options = [
             *("--stage", section.stage, "--service", name, "--precision", section.precision),
-            *("--cpus", f"{section.cpus:g}", "--queue-capacity", str(section.queue_capacity)),
+            *("--cpus", f"{section.cpus_at_most:g}", "--queue-capacity", str(section.queue_capacity)),
             *("--drain-grace", f"{section.drain_grace:g}"),
         ]
         if section.max_batch is not None:
-            argv += ["--max-batch", str(section.max_batch)]
-        return Launch(tuple(argv), section.drain_grace, self._orders.generation(name))
+            options += ["--max-batch", str(section.max_batch)]
+        manifest = self._plan.manifests[section.model].model_dump_json()
+        return Launch(
+            model=section.model,
+            options=tuple(options),
+            drain_grace_s=section.drain_grace,
+            cpus=section.cpus,
+            cpu_limit=section.cpus_at_most,
+            memory_bytes=section.memory,
+            gpus=section.gpus,
+            model_sha256=hashlib.sha256(manifest.encode()).hexdigest(),
+            generation=self._orders.generation(name),
+        )
 
-    def _gateway_urls(self) -> list[str]:
+    def _gateways(self) -> list[Endpoint]:
         record = self._gateway.record
-        return [record.url] if record is not None and record.state == "ready" else []
+        return [Endpoint(GATEWAY_NAME, record.url)] if record is not None and record.state == "ready" else []
 
     def _check_names(self, names: list[str]) -> None:
         for name in names:

@@ -24,6 +24,7 @@ class Node:
     name: str
     cpus: float
     memory_bytes: int
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Service:
     """Ready replicas that no transition goes below (less only where fewer were ready to begin with)."""
     nodes: tuple[str, ...] = ()
     """Where it may run; empty: anywhere."""
+    gpus: int = 0
+    """GPUs that a loaded replica holds, at work or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Replica:
     url: str = ""
     outdated: bool = False
     """Started from an older specification, or before the operator asked for a restart: to be replaced."""
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)

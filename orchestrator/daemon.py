@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.metadata
 import logging
 import os
 import signal
@@ -22,29 +23,22 @@ from pathlib import Path
 import psutil
 import uvicorn
 
-from models import manifest as manifests
-from models.manifest import Manifest, ManifestError
-from orchestrator import app, wiring
+from orchestrator import app
+from orchestrator import plan as plans
 from orchestrator import testbed as testbeds
-from orchestrator.control import GATEWAY_MODULE, STAGE_MODULE, Orchestrator
+from orchestrator.control import GATEWAY_MODULE, STAGE_MODULE, Orchestrator, Settings
 from orchestrator.errors import EspalierError, SetupFailed
+from orchestrator.plan import Plan
 from orchestrator.state_dir import Daemon, StateDir
-from orchestrator.testbed import Testbed
+from orchestrator.testbed import Loaded
 
+log = logging.getLogger(__name__)
+
+VERSION = importlib.metadata.version("espalier")
 HOST = "127.0.0.1"
 INTERRUPTED = 130
-
-
-def load_models(testbed: Testbed, models_dir: Path) -> dict[str, Manifest]:
-    """Manifests of all models of the testbed.
-
-    Raises:
-        SetupFailed: one is not exported.
-    """
-    try:
-        return {name: manifests.load(models_dir / name) for name in testbed.models}
-    except ManifestError as error:
-        raise SetupFailed(str(error)) from None
+UPDATE_LIMIT_S = 600.0
+"""For a testbed file that changed while no orchestrator was up [s]."""
 
 
 class _Server(uvicorn.Server):
@@ -57,74 +51,92 @@ class _Server(uvicorn.Server):
 
 async def serve(arguments: argparse.Namespace) -> int:
     """Run the orchestrator until it is told to end; returns the exit status."""
-    loaded = testbeds.load(arguments.testbed)
-    models = load_models(loaded.testbed, arguments.models_dir)
-    wired = wiring.wire(loaded.testbed, models)
-    if wired.problems:
-        raise loaded.complain(wired.problems)
+    given = testbeds.load(arguments.testbed)
     state = StateDir(arguments.state_dir)
     state.root.mkdir(parents=True, exist_ok=True)
     before = state.read_daemon()
     if before is not None and before.is_alive():
         raise SetupFailed(f"testbed {before.testbed} is up already (process {before.pid}); end it with espalier down")
-    with _listen(loaded.testbed.control.port, before) as listener:
+    plan = _in_force(state, arguments.models_dir) or plans.make(given, arguments.models_dir)
+    in_force = plan.loaded
+    with _listen(arguments.host, arguments.port or given.testbed.control.port, before) as listener:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
-        orchestrator = Orchestrator(
-            loaded, models, wired, state, arguments.models_dir, url, arguments.stage_module, arguments.gateway_module
-        )
+        orchestrator = Orchestrator(plan, state, _settings(arguments, url))
         this = psutil.Process()
         state.save_daemon(
             Daemon(
                 pid=this.pid, create_time=this.create_time(), argv=tuple(this.cmdline()), url=url,
-                testbed=loaded.testbed.name, sha256=loaded.sha256,
+                testbed=given.testbed.name, sha256=given.sha256,
             )
         )  # fmt: skip
-        return await _run(orchestrator, listener)
+        if in_force is given:
+            state.keep_testbed(given.text)
+        # A file that was changed while nobody looked is an update like any other: it can be rolled back. A file that has
+        # not changed since is older than what is in force, which then came by `espalier up`.
+        changed = before is not None and given.sha256 not in (before.sha256, in_force.sha256)
+        return await _run(orchestrator, listener, given if changed else None)
 
 
-async def _run(orchestrator: Orchestrator, listener: socket.socket) -> int:
+def _in_force(state: StateDir, models_dir: Path) -> Plan | None:
+    """What was in force when the predecessor ended; None where there was none, or it is of no use any more."""
+    try:
+        return plans.make(testbeds.parse(state.testbed.read_text(encoding="utf-8"), str(state.testbed)), models_dir)
+    except FileNotFoundError:
+        return None
+    except EspalierError as error:
+        log.warning("the testbed that was in force cannot be used any more, so the given one is: %s", error)
+        return None
+
+
+def _settings(arguments: argparse.Namespace, control_url: str) -> Settings:
+    return Settings(
+        models_dir=arguments.models_dir.resolve(),
+        control_url=control_url,
+        stage_module=arguments.stage_module,
+        gateway_module=arguments.gateway_module,
+        gateway_url=arguments.gateway,
+        prometheus_url=arguments.prometheus,
+    )
+
+
+async def _run(orchestrator: Orchestrator, listener: socket.socket, update: Loaded | None) -> int:
     """Returns the exit status."""
     config = uvicorn.Config(app.build(orchestrator), log_config=None, access_log=False, lifespan="off", loop="none")
     config.timeout_graceful_shutdown = 2
     server = _Server(config)
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, lambda: orchestrator.end(stop_all=False))
+    terminating: set[asyncio.Task[None]] = set()
+    loop.add_signal_handler(signal.SIGTERM, lambda: terminating.add(asyncio.ensure_future(orchestrator.terminate())))
     loop.add_signal_handler(signal.SIGINT, orchestrator.interrupt)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        await orchestrator.run()
+        await orchestrator.run(update, UPDATE_LIMIT_S)
     finally:
         server.should_exit = True
         await serving
     return INTERRUPTED if orchestrator.interrupted else 0
 
 
-def _listen(port: int, before: Daemon | None) -> socket.socket:
+def _listen(host: str, port: int, before: Daemon | None) -> socket.socket:
     """The control plane's socket, on the port of the predecessor where it had one: gateways still ask there."""
     wanted = port or (int(before.url.rpartition(":")[2]) if before is not None else 0)
     # The protocol must be named: only then does asyncio turn off Nagle's algorithm, which costs 40 ms an answer here.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((HOST, wanted))
+        listener.bind((host, wanted))
     except OSError as error:
         listener.close()
         reason = os.strerror(error.errno or 0)
         raise SetupFailed(
-            f"the control plane cannot have {HOST}:{wanted}: {reason}; free it, or choose another port under control"
+            f"the control plane cannot have {host}:{wanted}: {reason}; free it, or choose another port under control"
         ) from None
     return listener
 
 
 def main() -> int:
     """Entry point of `python -m orchestrator.daemon`."""
-    parser = argparse.ArgumentParser(prog="python -m orchestrator.daemon", description="Run a testbed's orchestrator.")
-    parser.add_argument("testbed", type=Path)
-    parser.add_argument("--state-dir", type=Path, required=True, help="where it keeps its records and logs")
-    parser.add_argument("--models-dir", type=Path, required=True, help="where the models were exported to")
-    parser.add_argument("--stage-module", default=STAGE_MODULE, help="Python module that serves a stage")
-    parser.add_argument("--gateway-module", default=GATEWAY_MODULE, help="Python module that serves the gateway")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
@@ -132,6 +144,29 @@ def main() -> int:
     except EspalierError as error:
         print(f"espalier: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.daemon", description="Run a testbed's orchestrator.")
+    parser.add_argument("testbed", type=Path)
+    parser.add_argument("--state-dir", type=Path, required=True, help="where it keeps its records and logs")
+    parser.add_argument("--models-dir", type=Path, required=True, help="where the models were exported to")
+    parser.add_argument("--host", default=HOST, help="address the control plane listens on")
+    parser.add_argument("--port", type=int, default=0, help="its port (default: the testbed's)")
+    parser.add_argument("--gateway", metavar="URL", help="a gateway that somebody else keeps running (default: keep one here)")
+    parser.add_argument("--prometheus", metavar="URL", help="server to observe through (default: ask every replica itself)")
+    parser.add_argument("--runtime", choices=["processes", "engine"], default="processes", help="what replicas are")
+    engine = parser.add_argument_group(
+        "the engine runtime", "The engine itself is found as by docker: DOCKER_HOST or its socket."
+    )
+    engine.add_argument("--engine-image", default=f"espalier/stage:{VERSION}", help="image of the stages' containers")
+    engine.add_argument("--engine-gpu-image", default=f"espalier/stage-gpu:{VERSION}", help="the same for stages on a GPU")
+    engine.add_argument("--engine-network", default="bridge", help="network that they are attached to")
+    engine.add_argument("--engine-models", help="volume with the exported models (default: the models directory)")
+    engine.add_argument("--engine-project", help="Compose project that the containers belong to")
+    parser.add_argument("--stage-module", default=STAGE_MODULE, help="Python module that serves a stage")
+    parser.add_argument("--gateway-module", default=GATEWAY_MODULE, help="Python module that serves the gateway")
+    return parser
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     EspalierError
     ├── UsageError          2  something the user wrote is wrong: a name, a number, a file
     │   ├── TestbedInvalid     the testbed file; carries every problem found, one line each
-    │   └── Infeasible         the services do not fit the nodes; names what lacks and the smallest relaxation
+    │   ├── Infeasible         the services do not fit the nodes; names what lacks and the smallest relaxation
+    │   └── Conflict           not now: something else is under way
     ├── SetupFailed         3  the system could not be brought up: a model not exported, a port taken, a limit passed
     └── RunFailed           4  it was up and broke off, or answers no more
 
@@ -40,6 +41,10 @@ class TestbedInvalid(UsageError):
 
 class Infeasible(UsageError):
     """No placement was found that fits."""
+
+
+class Conflict(UsageError):
+    """What was asked for cannot be done while something else is under way."""
 
 
 class SetupFailed(EspalierError):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -35,21 +33,21 @@ class Start:
 
     testbed: Path
     models_dir: Path
-    modules: tuple[str, ...] = ()
-    """Options of `orchestrator.daemon` that name other modules for stage and gateway."""
+    options: tuple[str, ...] = ()
+    """Further options of `orchestrator.daemon`."""
 
     def argv(self, state: StateDir) -> list[str]:
         """Command line of the orchestrator process."""
         places = ["--state-dir", str(state.root), "--models-dir", str(self.models_dir)]
-        return [sys.executable, "-m", "orchestrator.daemon", str(self.testbed), *places, *self.modules]
+        return [sys.executable, "-m", "orchestrator.daemon", str(self.testbed), *places, *self.options]
 
 
 def bring_up(
     start: Start, loaded: Loaded, state: StateDir, limit_s: float, show: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Start the orchestrator unless it runs already, and wait until every pipeline can be served; standbys may still load.
+    """Start the orchestrator, or update the one that runs, and wait until every pipeline can be served.
 
-    One that was started from another version of the testbed file is replaced; what it runs is adopted.
+    Standbys may still load then.
 
     Args:
         start: how to start it.
@@ -62,25 +60,61 @@ def bring_up(
         The status when everything was ready.
 
     Raises:
-        SetupFailed: it ended, or was not ready within the limit.
+        SetupFailed: it ended, was not ready within the limit, or went back to what was there before.
     """
     end = time.monotonic() + limit_s
     daemon = state.read_daemon()
-    process = None
-    if daemon is None or not daemon.is_alive():
-        process = _launch(start, state, fresh=daemon is None)
-    elif daemon.sha256 != loaded.sha256:
-        _end(daemon)
-        process = _launch(start, state, fresh=False)
+    if daemon is not None and daemon.is_alive():
+        with connect(state) as client:
+            return update(client, loaded, limit_s, show)
+    process = _launch(start, state, fresh=daemon is None)
     with _connected(state, process, end) as client:
+        status = client.status()
+        if status["sha256"] != loaded.sha256 and status["update"] is None:
+            # It took up what was in force when its predecessor ended, and that was another file.
+            client.update(loaded.text, loaded.path, limit_s)
         try:
-            for status in client.watch(max(0.0, end - time.monotonic()), lambda status: bool(status["ready"])):
+            for status in client.watch(max(0.0, end - time.monotonic()), _is_up):
                 show(status)
                 _check(process, state)
         except RunFailed as error:
             _check(process, state)
             raise SetupFailed(f"{error}; logs are in {state.root}; espalier down removes what runs") from None
-        return status
+    return _updated(status)
+
+
+def update(client: Client, loaded: Loaded, limit_s: float, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Have a running orchestrator go over to a testbed file, to models exported anew and to images built anew.
+
+    Raises:
+        SetupFailed: it went back to what was there before.
+    """
+    client.update(loaded.text, loaded.path, limit_s)
+    # Twice: going back takes its time as well.
+    return wait_until_up(client, 2 * limit_s, show)
+
+
+def wait_until_up(client: Client, limit_s: float, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Wait until every pipeline can be served and no update is under way.
+
+    Raises:
+        RunFailed: it was not so within the limit.
+        SetupFailed: an update was rolled back.
+    """
+    for status in client.watch(limit_s, _is_up):
+        show(status)
+    return _updated(status)
+
+
+def _is_up(status: dict[str, Any]) -> bool:
+    under_way = status["update"] is not None and status["update"]["state"] not in ("done", "rolled_back")
+    return bool(status["ready"]) and not under_way
+
+
+def _updated(status: dict[str, Any]) -> dict[str, Any]:
+    if status["update"] is not None and status["update"]["state"] == "rolled_back":
+        raise SetupFailed(f"rolled back: {status['update']['reason']}")
+    return status
 
 
 def take_down(state: StateDir) -> int:
@@ -108,13 +142,14 @@ def _launch(start: Start, state: StateDir, *, fresh: bool) -> Identity:
     return children.launch(start.argv(state), log=state.log, environment=children.environment(ROOT))
 
 
-def _connected(state: StateDir, process: Identity | None, end: float) -> Client:
+def _connected(state: StateDir, process: Identity, end: float) -> Client:
     """A client of the orchestrator, as soon as it answers."""
     while True:
         _check(process, state)
-        with contextlib.suppress(RunFailed):
-            client = connect(state)
-            if process is None or client.daemon.pid == process.pid:
+        daemon = state.read_daemon()
+        if daemon is not None and daemon.pid == process.pid:
+            with contextlib.suppress(RunFailed):
+                client = connect(state)
                 client.status()
                 return client
         if time.monotonic() > end:
@@ -122,19 +157,12 @@ def _connected(state: StateDir, process: Identity | None, end: float) -> Client:
         time.sleep(POLL_S)
 
 
-def _check(process: Identity | None, state: StateDir) -> None:
-    if process is None or children.recognise(process):
+def _check(process: Identity, state: StateDir) -> None:
+    if children.recognise(process):
         return
     lines = state.log.read_text(errors="replace").splitlines()
     said = [line.removeprefix("espalier: ") for line in lines if line.startswith("espalier: ")]
     raise SetupFailed("\n".join(said[-1:] or ["the orchestrator ended:", *lines[-LOG_TAIL_LINES:]]))
-
-
-def _end(daemon: Daemon) -> None:
-    """End an orchestrator and leave what it runs."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(daemon.pid, signal.SIGTERM)
-    _wait_for_end(daemon, STOP_LIMIT_S)
 
 
 def _wait_for_end(daemon: Daemon, limit_s: float) -> None:
@@ -150,7 +178,7 @@ async def _sweep(state: StateDir) -> int:
         (records, record, child)
         for records in (Records(state.root / "gateways"), Records(state.root / "replicas"))
         for record in records.all()
-        if (child := children.adopt(record.identity)) is not None
+        if record.identity is not None and (child := children.adopt(record.identity)) is not None
     ]
     await asyncio.gather(*(child.stop(10.0) for _, _, child in found))
     for records, record, _ in found:

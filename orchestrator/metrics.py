@@ -34,8 +34,22 @@ class Metrics:
         self.age = Gauge(
             "espalier_controller_signal_age_seconds", "Age of what a source said last.", ("source",), registry=self._registry
         )
+        self._sources = Gauge(
+            "espalier_controller_sources", "Replicas and gateways by the telemetry that the last slot read them through.",
+            ("telemetry",), registry=self._registry,
+        )  # fmt: skip
         self._actions = CounterMetric(
             "espalier_controller_actions", "Actions by result.", ("action", "result"), registry=self._registry
+        )
+        self._failures = CounterMetric(
+            "espalier_replica_failures", "Replicas that ended unasked or could not be started.",
+            ("stage", "node"), registry=self._registry,
+        )  # fmt: skip
+        self._epsilon = Gauge(
+            "espalier_pipeline_epsilon", "Share of tasks that may miss the deadline.", ("pipeline",), registry=self._registry
+        )
+        self._deadline = Gauge(
+            "espalier_pipeline_deadline_seconds", "Deadline of a task that names none.", ("pipeline",), registry=self._registry
         )
         self._cost = CounterMetric("espalier_cost", "Cost so far, in the testbed's unit.", ("kind",), registry=self._registry)
         build = Gauge(
@@ -43,6 +57,7 @@ class Metrics:
         )
         build.labels(importlib.metadata.version("espalier"), os.environ.get("ESPALIER_COMMIT", "")).set(1)
         self._seen: Tally[tuple[str, str]] = Tally()
+        self._failed: Tally[tuple[str, str]] = Tally()
         self._spent = Cost()
 
     def acted(self, action: str, result: str, times: int = 1) -> None:
@@ -54,21 +69,39 @@ class Metrics:
         self._replicas.clear()
         for replica in replicas:
             self._replicas.labels(replica.service, replica.node, replica.state).inc()
+            # From zero on, so that the first failure is an increase too.
+            self._failures.labels(replica.service, replica.node)
         for service, nodes in (desired.ready if desired is not None else {}).items():
             for node, count in nodes.items():
                 self._replicas.labels(service, node, "desired").set(count)
 
-    def ages(self, ages_s: Mapping[str, float]) -> None:
-        """Set the age of every source."""
+    def telemetry(self, ages_s: Mapping[str, float], used: Mapping[str, int]) -> None:
+        """Set the age of every source, and through what the sources were read."""
         self.age.clear()
         for source, age_s in ages_s.items():
             self.age.labels(source).set(age_s)
+        for telemetry, count in used.items():
+            self._sources.labels(telemetry).set(count)
+
+    def promises(self, promises: Mapping[str, tuple[float, float]]) -> None:
+        """Set deadline [s] and violation probability of every pipeline."""
+        self._deadline.clear()
+        self._epsilon.clear()
+        for pipeline, (deadline_s, epsilon) in promises.items():
+            self._deadline.labels(pipeline).set(deadline_s)
+            self._epsilon.labels(pipeline).set(epsilon)
 
     def runtime_acted(self, actions: Mapping[tuple[str, str], int]) -> None:
         """Count what the runtime did since the last call, from its own totals."""
         for (action, result), total in actions.items():
             self.acted(action, result, total - self._seen[action, result])
             self._seen[action, result] = total
+
+    def failed(self, totals: Mapping[tuple[str, str], int]) -> None:
+        """Count the failures of each service on each node since the last call, from the runtime's own totals."""
+        for place, total in totals.items():
+            self._failures.labels(*place).inc(total - self._failed[place])
+            self._failed[place] = total
 
     def spent(self, cost: Cost) -> None:
         """Set the cost so far; it only grows."""

@@ -94,6 +94,10 @@ class Publisher:
         # What was published last, so that a successor that finds everything as it was does not trouble the gateways.
         self._published = kept
 
+    def replan(self, plan: Map) -> None:
+        """The next `publish` follows this plan: other services, pipelines or links."""
+        self._plan = plan
+
     def publish(self, replicas: Sequence[Replica]) -> int:
         """Publish the replicas if that changes anything; the version they are known under."""
         version = self.current.version

@@ -37,7 +37,7 @@ class Runner(Generic[S]):
         policy: ScalingPolicy[S],
         telemetry: Telemetry,
         runtime: Runtime,
-        decisions: DecisionLog[S],
+        decisions: DecisionLog,
         orders: Callable[[], Mapping[str, Target]],
         version: Callable[[], int],
         metrics: Metrics,
@@ -50,12 +50,20 @@ class Runner(Generic[S]):
         self._slot_s, self._clock = slot_s, clock
         self._state = policy.initial()
         self._wake = asyncio.Event()
+        self._logging = True
         self._accounted_t, self._accounted_starts = clock(), runtime.starts
         self.cost = Cost()
         self.slots = self.failed_slots = 0
         self.observation: Observation | None = None
         self.decision: Decision | None = None
         self.desired: Placement | None = None
+
+    def change(self, policy: ScalingPolicy[S], *, prices: Prices, slot_s: float) -> None:
+        """Step another policy from now on, beginning with a slot at once; its first state is its own."""
+        self.account()
+        self._policy, self._state = policy, policy.initial()
+        self._prices, self._slot_s = prices, slot_s
+        self.wake()
 
     def wake(self) -> None:
         """Begin the next slot now."""
@@ -89,10 +97,23 @@ class Runner(Generic[S]):
                 self.desired = decision.desired
             if self.decision is None or decision.reason != self.decision.reason:
                 log.info("decision: %s", decision.reason)
-            entry = Entry(self._state, observation, decision)
-            self._decisions.append(entry, wall=datetime.now(UTC).isoformat(), version=self._version())
+            self._record(Entry(self._state, observation, decision))
         self._state, self.observation, self.decision = state, observation, decision
         self._metrics.acted("hold" if decision.desired is None else "apply", "ok")
+
+    def _record(self, entry: Entry[S]) -> None:
+        """Append to the decision log. Control goes on where that fails (a full disk): it is said once, and counted."""
+        try:
+            self._decisions.append(entry, policy=self._policy, wall=datetime.now(UTC).isoformat(), version=self._version())
+        except (OSError, ValueError) as error:
+            self._metrics.acted("log", "failed")
+            if self._logging:
+                log.warning("the decision log cannot be written, control goes on without it: %s", error)
+            self._logging = False
+        else:
+            if not self._logging:
+                log.info("the decision log is written again")
+            self._logging = True
 
     def account(self) -> None:
         """Add what the testbed has cost since this was called last."""

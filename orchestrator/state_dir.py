@@ -4,6 +4,7 @@ In it lie
 
     orchestrator.json   the orchestrator: process, address, testbed; kept after its end for the port
     orchestrator.log    its log
+    testbed.yaml        the testbed file in force: the last one that came up whole
     replicas/ gateways/ a record per process (`runtimes.records`)
     logs/               output of every process
     routes.json         the routes published last; gateway-1.routes.json is the gateway's own copy
@@ -15,6 +16,7 @@ The command line, the orchestrator and its successor meet only here.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ class Daemon(Document):
     url: str
     testbed: str
     sha256: str
-    """Of the testbed file it was started with."""
+    """Of the testbed file it was started with; the one in force may be another (`espalier up` again)."""
 
     @property
     def identity(self) -> Identity:
@@ -65,6 +67,11 @@ class StateDir:
         return self.root / "orchestrator.log"
 
     @property
+    def testbed(self) -> Path:
+        """The testbed file in force."""
+        return self.root / "testbed.yaml"
+
+    @property
     def routes(self) -> Path:
         """The routes published last."""
         return self.root / "routes.json"
@@ -84,6 +91,10 @@ class StateDir:
         """The decision log."""
         return self.root / "decisions.jsonl"
 
+    def scope(self, testbed: str) -> str:
+        """A name for what is made on an engine from here, so that two testbeds of one name do not meet there."""
+        return f"{testbed}-{hashlib.sha256(str(self.root.absolute()).encode()).hexdigest()[:8]}"
+
     def read_daemon(self) -> Daemon | None:
         """The orchestrator that runs here, or ran here last."""
         try:
@@ -93,13 +104,21 @@ class StateDir:
 
     def save_daemon(self, daemon: Daemon) -> None:
         """Write the record of the orchestrator in one step."""
-        partial = self.daemon.with_suffix(".json.partial")
-        partial.write_text(daemon.model_dump_json())
-        os.replace(partial, self.daemon)
+        _replace(self.daemon, daemon.model_dump_json())
+
+    def keep_testbed(self, text: str) -> None:
+        """Keep a testbed file as the one in force."""
+        _replace(self.testbed, text)
 
     def clear(self) -> None:
         """Forget a testbed that is down, but for its logs, its decisions and the version of its routes."""
-        for path in (self.daemon, self.orders, self.gateway_routes):
+        for path in (self.daemon, self.testbed, self.orders, self.gateway_routes):
             path.unlink(missing_ok=True)
         for directory in ("replicas", "gateways"):
             shutil.rmtree(self.root / directory, ignore_errors=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

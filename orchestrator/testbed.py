@@ -42,6 +42,7 @@ class NodeSection(_Section):
 
     cpus: float = Field(gt=0)
     memory: Size = Field(gt=0)
+    gpus: int = Field(default=0, ge=0)
 
 
 class LinkSection(_Section):
@@ -68,7 +69,12 @@ class ServiceSection(_Section):
     """Checked against the manifest where it is given."""
     precision: Precision = "float32"
     cpus: float = Field(gt=0)
+    """What placement reserves for one replica at work."""
+    cpu_limit: float | None = Field(default=None, ge=0.01)
+    """What one replica may use at most; see `cpus_at_most`."""
     memory: Size = Field(gt=0)
+    gpus: int = Field(default=0, ge=0)
+    """Of one loaded replica."""
     replicas: int = Field(default=1, ge=1)
     standby: int = Field(default=0, ge=0)
     floor: int = Field(default=1, ge=1)
@@ -79,6 +85,14 @@ class ServiceSection(_Section):
     max_batch: int | None = Field(default=None, ge=1)
     drain_grace: Duration = Field(default=10.0, gt=0)
     """How long a replica that is told to stop may finish what it has."""
+
+    @property
+    def cpus_at_most(self) -> float:
+        """Cores that one replica may use.
+
+        A core where nothing is said: a quota as small as a light stage's reservation would stall it for most of every 100 ms.
+        """
+        return max(1.0, self.cpus) if self.cpu_limit is None else self.cpu_limit
 
 
 class StepSection(_Section):
@@ -159,11 +173,13 @@ class Testbed(_Section):
 
     def core_nodes(self) -> tuple[core.Node, ...]:
         """The nodes as the decision modules take them."""
-        return tuple(core.Node(name, node.cpus, node.memory) for name, node in self.nodes.items())
+        return tuple(core.Node(name, node.cpus, node.memory, node.gpus) for name, node in self.nodes.items())
 
     def core_services(self, tiers: Mapping[str, Tier]) -> tuple[core.Service, ...]:
         """The services as the decision modules take them; tiers from the manifests, by service."""
-        return tuple(core.Service(name, tiers[name], s.cpus, s.memory, s.floor, s.nodes) for name, s in self.services.items())
+        return tuple(
+            core.Service(name, tiers[name], s.cpus, s.memory, s.floor, s.nodes, s.gpus) for name, s in self.services.items()
+        )
 
     def targets(self) -> dict[str, core.Target]:
         """Replicas the file asks for."""
@@ -187,6 +203,7 @@ class Loaded:
     testbed: Testbed
     marked: marked_yaml.Marked
     path: str
+    text: str
     sha256: str
 
     def complain(self, problems: Iterable[Problem]) -> TestbedInvalid:
@@ -224,7 +241,7 @@ def parse(text: str, path: str) -> Loaded:
         problems += check(testbed)
     if problems or testbed is None:
         raise TestbedInvalid(_sentences(problems, marked, path))
-    return Loaded(testbed, marked, path, hashlib.sha256(text.encode()).hexdigest())
+    return Loaded(testbed, marked, path, text, hashlib.sha256(text.encode()).hexdigest())
 
 
 # --- what no single field can tell ----------------------------------------------------------------------------------------
@@ -270,6 +287,8 @@ def _services(testbed: Testbed) -> Iterator[Problem]:
         for node in service.nodes:
             if node not in testbed.nodes:
                 yield Problem((*path, "nodes"), f"there is no node {node!r}{did_you_mean(node, testbed.nodes)}")
+        if service.cpu_limit is not None and service.cpu_limit < service.cpus:
+            yield Problem((*path, "cpu_limit"), f"{service.cpu_limit:g} is less than the {service.cpus:g} cpus it reserves")
         if service.floor > service.replicas:
             yield Problem((*path, "floor"), f"{service.floor} is more than the {service.replicas} replicas asked for")
         yield from _too_big(testbed, name, service)
@@ -292,6 +311,12 @@ def _too_big(testbed: Testbed, name: str, service: ServiceSection) -> Iterator[P
         yield Problem(
             ("services", name, "memory"),
             f"one replica needs {needs}, but the largest node it may use, {most_memory}, has {has}",
+        )
+    most_gpus = max(allowed, key=lambda n: allowed[n].gpus)
+    if service.gpus > allowed[most_gpus].gpus:
+        yield Problem(
+            ("services", name, "gpus"),
+            f"one replica needs {service.gpus}, but no node it may use has more than {allowed[most_gpus].gpus}",
         )
 
 

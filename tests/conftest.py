@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import docker
 import pytest
 from hypothesis import settings
+
+from tests.engine import build_fake_stage, connect
 
 # An example that takes long on a busy machine is no finding.
 settings.register_profile("patient", deadline=None)
@@ -26,3 +30,20 @@ def minilm() -> Path:
     )
     assert done.returncode == 0, done.stderr
     return MINILM
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[docker.APIClient]:
+    """The Docker engine of this machine; see `tests.engine` for what happens where there is none."""
+    client = connect()
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def fake_stage_image(engine: docker.APIClient) -> Iterator[str]:
+    """Tag of an image whose program is `tests.orchestrator.fake_stage`: it starts in half a second."""
+    tag = "espalier-test/fake-stage:1"
+    build_fake_stage(engine, tag)
+    yield tag
+    engine.remove_image(tag, force=True)

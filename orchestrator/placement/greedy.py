@@ -35,7 +35,7 @@ def place(
 
     Args:
         services: what may be placed; one that `targets` does not name gets no replicas.
-        nodes: capacities. A replica at work takes cores and memory, a standby one memory only.
+        nodes: capacities. A replica at work takes cores, memory and GPUs, a standby one no cores.
         targets: replicas wanted, by service.
         flows: pairs of services that send each other tensors.
         latencies_s: (node, node) -> latency [s]; a pair that is missing is at no distance.
@@ -44,7 +44,7 @@ def place(
     Raises:
         Infeasible: some replica has no place even when everything may move.
     """
-    wanted = [s for s in sorted(services, key=lambda s: (s.tier != "core", -s.cpus, -s.memory_bytes)) if s.name in targets]
+    wanted = [s for s in sorted(services, key=_difficulty, reverse=True) if s.name in targets]
     neighbours = _neighbours(flows)
 
     def attempt(kept: Placement) -> Placement:
@@ -54,6 +54,11 @@ def place(
         with contextlib.suppress(Infeasible):
             return attempt(keep)
     return attempt(Placement())
+
+
+def _difficulty(service: Service) -> tuple[bool, int, float, int]:
+    """Services are placed from the most difficult one to the easiest."""
+    return (service.tier == "core", service.gpus, service.cpus, service.memory_bytes)
 
 
 def _fill(board: _Board, services: Sequence[Service], targets: Mapping[str, Target], keep: Placement) -> Placement:
@@ -99,6 +104,7 @@ class _Board:
     standby: dict[str, dict[str, int]] = field(default_factory=dict)
     cpus: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    gpus: dict[str, int] = field(default_factory=dict)
 
     def put_ready(self, service: Service, placed: int, wanted: int, keep: Placement) -> None:
         """On the node with the fewest replicas of the service; then where one waits on standby; then near; then roomy."""
@@ -128,24 +134,26 @@ class _Board:
         """Names what lacks on every node, and the smallest relaxation: the node that lacks the least, as a share of it."""
         allowed = [node for node in self.nodes if self.allows(service, node)]
         lacks = {node: self._shortage(service, node, working=working) for node in allowed}
-        nearest = min(allowed, key=lambda n: max(lacks[n][0] / n.cpus, lacks[n][1] / n.memory_bytes))
+        nearest = min(allowed, key=lambda n: lacks[n].share_of(n))
         kind = "replica" if working else "standby"
-        needs = _amount(service.cpus if working else 0.0, service.memory_bytes)
-        listed = "; ".join(f"{node.name} lacks {_amount(*lacks[node])}" for node in allowed)
+        needs = _Amount(service.cpus if working else 0.0, service.memory_bytes, service.gpus)
+        listed = "; ".join(f"{node.name} lacks {lacks[node]}" for node in allowed)
         return (
             f"no node has room for {kind} {placed + 1} of {wanted} of {service.name} ({needs}): {listed}. The smallest "
-            f"relaxation: give {nearest.name} {_amount(*lacks[nearest])} more, or ask for {placed}"
+            f"relaxation: give {nearest.name} {lacks[nearest]} more, or ask for {placed}"
         )
 
-    def _shortage(self, service: Service, node: Node, *, working: bool) -> tuple[float, int]:
+    def _shortage(self, service: Service, node: Node, *, working: bool) -> _Amount:
         cpus = max(0.0, service.cpus - self.free_cpus(node)) if working else 0.0
-        return cpus, max(0, service.memory_bytes - self.free_memory(node))
+        gpus = max(0, service.gpus - self.free_gpus(node))
+        return _Amount(cpus, max(0, service.memory_bytes - self.free_memory(node)), gpus)
 
     def claim(self, counts: dict[str, dict[str, int]], service: Service, node: Node) -> None:
         """Put one more replica of the service on the node."""
         on_nodes = counts.setdefault(service.name, {})
         on_nodes[node.name] = on_nodes.get(node.name, 0) + 1
         self.memory[node.name] = self.memory.get(node.name, 0) + service.memory_bytes
+        self.gpus[node.name] = self.gpus.get(node.name, 0) + service.gpus
         if counts is self.ready:
             self.cpus[node.name] = self.cpus.get(node.name, 0.0) + service.cpus
 
@@ -153,7 +161,7 @@ class _Board:
         """Whether one more replica fits."""
         if working and service.cpus > self.free_cpus(node) + EPSILON:
             return False
-        return service.memory_bytes <= self.free_memory(node)
+        return service.memory_bytes <= self.free_memory(node) and service.gpus <= self.free_gpus(node)
 
     def allows(self, service: Service, node: Node) -> bool:
         """Whether the service may run there at all."""
@@ -167,6 +175,10 @@ class _Board:
         """Memory not reserved yet [bytes]."""
         return node.memory_bytes - self.memory.get(node.name, 0)
 
+    def free_gpus(self, node: Node) -> int:
+        """GPUs not reserved yet."""
+        return node.gpus - self.gpus.get(node.name, 0)
+
     def on(self, counts: Mapping[str, Mapping[str, int]], service: Service, node: Node) -> int:
         """Replicas of the service on the node."""
         return counts.get(service.name, {}).get(node.name, 0)
@@ -177,12 +189,9 @@ class _Board:
 
     def distance_s(self, service: Service, node: Node) -> float:
         """Latency to the nearest replica of each neighbour placed so far, summed [s]."""
-        total = 0.0
-        for neighbour in self.neighbours.get(service.name, frozenset()):
-            homes = self.ready.get(neighbour, {})
-            if homes:
-                total += min(self.latencies_s.get((node.name, home), 0.0) for home in homes)
-        return total
+        homes = [self.ready.get(neighbour, {}) for neighbour in self.neighbours.get(service.name, frozenset())]
+        # An exact sum: neighbours come in no order, and a decision must come out the same in every process.
+        return math.fsum(min(self.latencies_s.get((node.name, home), 0.0) for home in each) for each in homes if each)
 
 
 def _neighbours(flows: Iterable[tuple[str, str]]) -> dict[str, frozenset[str]]:
@@ -193,10 +202,26 @@ def _neighbours(flows: Iterable[tuple[str, str]]) -> dict[str, frozenset[str]]:
     return {name: frozenset(others) for name, others in found.items()}
 
 
-def _amount(cpus: float, memory_bytes: int) -> str:
-    parts = [f"{math.ceil(cpus * 1000 - EPSILON) / 1000:g} cpus"] if cpus > EPSILON else []
-    parts += [mebibytes(memory_bytes)] if memory_bytes > 0 else []
-    return " and ".join(parts) or "nothing"
+@dataclass(frozen=True, slots=True)
+class _Amount:
+    """So much of everything; what is 0 is not told."""
+
+    cpus: float
+    memory_bytes: int
+    gpus: int
+
+    def share_of(self, node: Node) -> float:
+        """The largest share of what the node has."""
+        no_gpus = math.inf if self.gpus else 0.0
+        return max(
+            self.cpus / node.cpus, self.memory_bytes / node.memory_bytes, self.gpus / node.gpus if node.gpus else no_gpus
+        )
+
+    def __str__(self) -> str:
+        parts = [f"{math.ceil(self.cpus * 1000 - EPSILON) / 1000:g} cpus"] if self.cpus > EPSILON else []
+        parts += [mebibytes(self.memory_bytes)] if self.memory_bytes > 0 else []
+        parts += [f"{self.gpus} gpus"] if self.gpus else []
+        return " and ".join(parts) or "nothing"
 
 
 def mebibytes(size_bytes: int) -> str:

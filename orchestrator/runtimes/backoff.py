@@ -21,9 +21,11 @@ class Backoff:
     failures: int = 0
     until: float = 0.0
     """On the clock of the caller [s]."""
+    total: int = 0
+    """How often it failed in all; never starts anew."""
 
     def after_failure(self, t: float, lived_s: float) -> Backoff:
         """State after a replica died at t, having been ready for `lived_s` seconds."""
         failures = 1 if lived_s >= SETTLED_S else self.failures + 1
         pause_s = 0.0 if failures == 1 else min(LONGEST_S, FIRST_S * 2.0 ** min(failures - 2, 16))
-        return Backoff(failures, t + pause_s)
+        return Backoff(failures, t + pause_s, self.total + 1)

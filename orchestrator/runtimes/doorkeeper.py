@@ -7,6 +7,7 @@ back on the same port.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import socket
@@ -20,7 +21,8 @@ from orchestrator.errors import SetupFailed
 from orchestrator.runtimes import child as children
 from orchestrator.runtimes.backoff import Backoff
 from orchestrator.runtimes.child import Child
-from orchestrator.runtimes.processes import LISTEN_BACKLOG, READY_ANSWER_S, poll_ready
+from orchestrator.runtimes.keeper import READY_ANSWER_S, poll_ready
+from orchestrator.runtimes.processes import LISTEN_BACKLOG
 from orchestrator.runtimes.records import Record, Records
 from services.dataplane.routes import ReplicaState
 
@@ -76,7 +78,7 @@ class Doorkeeper:
             SetupFailed: the port is taken by somebody else.
         """
         found = next(iter(self._records.all()), None)
-        child = children.adopt(found.identity) if found is not None else None
+        child = children.adopt(found.identity) if found is not None and found.identity is not None else None
         if found is not None and child is not None and found.specification == self._specification:
             self._record, self._child = found, child
         else:
@@ -107,13 +109,17 @@ class Doorkeeper:
         await self._client.aclose()
 
     @property
-    def _specification(self) -> tuple[str, ...]:
+    def _shared(self) -> tuple[str, ...]:
         return (*self._argv, "--node", self._door.node, "--host", self._door.host)
+
+    @property
+    def _specification(self) -> str:
+        return json.dumps(self._shared)
 
     def _start(self, port: int) -> None:
         with listen(self._door.host, port) as listener:
             port = int(listener.getsockname()[1])
-            argv = (*self._specification, "--name", NAME, "--fd", str(listener.fileno()))
+            argv = (*self._shared, "--name", NAME, "--fd", str(listener.fileno()))
             child = children.spawn(argv, log=self._log, environment=self._environment, inherited=[listener.fileno()])
         self._child = child
         self._record = Record(
@@ -153,7 +159,8 @@ class Doorkeeper:
 
     async def _load(self) -> None:
         if self._record is not None and self._record.state == "starting":
-            await poll_ready(self._client, self._record.url)
+            url = self._record.url
+            await poll_ready(self._client, lambda: url)
             self._set("ready")
 
     def _set(self, state: ReplicaState) -> None:

@@ -58,7 +58,7 @@ def reconcile(
         replicas: what runs. One whose service is not in `services` is drained.
         desired: what should run; must fit the nodes, and want at least the floor of every service.
         services: what a replica of each service needs, and its floor.
-        nodes: capacities. A ready or draining replica takes cores, any replica memory.
+        nodes: capacities. A ready or draining replica takes cores, any replica memory and GPUs.
         blocked: (service, node) where nothing may be started now, because the last start there failed.
         surge: 1 lets a node hold one replica more than fits while another leaves; 0 does not.
     """
@@ -142,7 +142,9 @@ class _World:
         """Plan a start and see the world after it."""
         self.started += 1
         name = f"~{self.started}"  # sorts after every real id, and is never written into a step but Start
-        self.replicas[name] = Replica(name, service.name, node, "starting", service.cpus, service.memory_bytes)
+        self.replicas[name] = Replica(
+            name, service.name, node, "starting", service.cpus, service.memory_bytes, gpus=service.gpus
+        )
         self.steps.append(Start(service.name, node))
 
     def has_cores(self, node: str, cpus: float) -> bool:
@@ -150,10 +152,13 @@ class _World:
         used = sum(r.cpus for r in self.replicas.values() if r.node == node and r.state in ("ready", "draining"))
         return self._fits(used, cpus, self.nodes[node].cpus)
 
-    def has_memory(self, node: str, size_bytes: int) -> bool:
+    def has_room(self, node: str, service: Service) -> bool:
         """Whether one more replica may load there."""
-        used = sum(r.memory_bytes for r in self.replicas.values() if r.node == node)
-        return self._fits(used, size_bytes, self.nodes[node].memory_bytes)
+        there, has = [r for r in self.replicas.values() if r.node == node], self.nodes[node]
+        memory = self._fits(sum(r.memory_bytes for r in there), service.memory_bytes, has.memory_bytes)
+        # One that needs no GPU must not wait until somebody else's are free again.
+        gpus = not service.gpus or self._fits(sum(r.gpus for r in there), service.gpus, has.gpus)
+        return memory and gpus
 
     def _fits(self, used: float, more: float, capacity: float) -> bool:
         if self.surge is None:
@@ -181,7 +186,7 @@ def _start(world: _World, service: Service, wanted: Counts, blocked: Collection[
             continue
         there = len(world.of(service.name, "ready", "standby", "starting", node=node))
         for _ in range(wanted.get(service.name, {}).get(node, 0) - there):
-            if world.has_memory(node, service.memory_bytes):
+            if world.has_room(node, service):
                 world.start(service, node)
 
 

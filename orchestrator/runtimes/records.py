@@ -1,7 +1,7 @@
-"""What the processes runtime writes down of each process it started, so that its successor can take over where it stopped.
+"""What is written down of each process or container we started, so that our successor can take over where we stopped.
 
-One small JSON file per process under the state directory, replaced in one step at every change of state and removed when the
-process is gone.
+One small JSON file each under the state directory, replaced in one step at every change of state and removed when what it
+describes is gone.
 """
 
 from __future__ import annotations
@@ -21,31 +21,50 @@ from services.dataplane.routes import ReplicaState
 
 log = logging.getLogger(__name__)
 
+SHORT_ID = 12
+"""Characters of a container's id that Docker's own tools show."""
+
 
 class Record(Document):
-    """A process of ours."""
+    """A process or container of ours."""
 
     id: str
     kind: Literal["stage", "gateway"]
     service: str
     """Name of the service, or of the gateway."""
     node: str
-    url: str
-    state: ReplicaState
+    url: str = ""
+    """Empty while it is being started."""
+    state: ReplicaState = "starting"
     generation: int = 0
     """How many restarts of the service the operator had asked for when this one was started."""
-    specification: tuple[str, ...]
-    """The part of the command line that all replicas of the service share; another one now means it is outdated."""
+    specification: str
+    """What it was started as, or a digest of that; another one now means that it is outdated."""
     cpus: float = 0.0
     memory_bytes: int = 0
-    pid: int
-    create_time: float
-    argv: tuple[str, ...]
+    gpus: int = 0
+    pid: int | None = None
+    """Of a process, with its start time and its command line."""
+    create_time: float = 0.0
+    argv: tuple[str, ...] = ()
+    container: str | None = None
+    """The id of a container."""
 
     @property
-    def identity(self) -> Identity:
-        """What the process is recognised by."""
-        return Identity(self.pid, self.create_time, self.argv)
+    def identity(self) -> Identity | None:
+        """What a process is recognised by; None of anything else."""
+        return None if self.pid is None else Identity(self.pid, self.create_time, self.argv)
+
+    @property
+    def runs_as(self) -> dict[str, int | str]:
+        """What a person finds it by: its process, or its container; empty while it is being started."""
+        if self.container is not None:
+            return {"container": self.container[:SHORT_ID]}
+        return {} if self.pid is None else {"pid": self.pid}
+
+    def is_same_as(self, other: Record) -> bool:
+        """Whether both describe one and the same process or container."""
+        return (self.id, self.identity, self.container) == (other.id, other.identity, other.container)
 
 
 class Records:
@@ -55,7 +74,7 @@ class Records:
         self._directory = directory
 
     def save(self, record: Record) -> None:
-        """Write or replace the record of a process. A full disk costs the successor a process, and the present one nothing."""
+        """Write or replace a record. A full disk costs the successor what it describes, and the present one nothing."""
         path = self._path(record.id)
         partial = path.with_name(path.name + ".partial")
         try:
@@ -66,12 +85,12 @@ class Records:
             log.warning("%s: its record could not be written, so a successor will not find it: %s", record.id, error)
 
     def forget(self, replica: str) -> None:
-        """Remove the record of a process that is gone."""
+        """Remove the record of what is gone."""
         with contextlib.suppress(FileNotFoundError):
             self._path(replica).unlink()
 
     def all(self) -> Iterator[Record]:
-        """Every record, by id; a file that cannot be read is skipped, since it names no process to take up."""
+        """Every record, by id; a file that cannot be read is skipped, since it names nothing to take up."""
         for path in sorted(self._directory.glob("*.json")):
             with contextlib.suppress(OSError, ValidationError):
                 yield Record.model_validate_json(path.read_bytes())

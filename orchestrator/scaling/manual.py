@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from orchestrator.core import Decision, Node, Observation, Placement, Service, ServiceObservation, Target
 from orchestrator.errors import Infeasible
 from orchestrator.placement import greedy
+from orchestrator.scaling.parameters import Ordered, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +30,10 @@ class Manual:
     services: tuple[Service, ...]
     nodes: tuple[Node, ...]
     targets: Mapping[str, Target]
-    flows: frozenset[tuple[str, str]] = frozenset()
-    latencies_s: Mapping[tuple[str, str], float] | None = None
+    flows: Ordered[tuple[str, str]] = frozenset()
+    latencies_s: Table[tuple[str, str], float] | None = None
     stale_after_s: float = 5.0
-    state_type: type[ManualState] = ManualState
+    state_type: ClassVar[type[ManualState]] = ManualState
 
     def initial(self) -> ManualState:
         """State before the first slot."""

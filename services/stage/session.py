@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
-
 from models.manifest import ManifestError, StageSpec
 from services.dataplane.errors import BadRequest
 from services.dataplane.wire import Array
+
+# It would report its use to its maker, from a thread of its own; it looks for this when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 """In order of preference; the first ones that this build of ONNX Runtime and this machine have are used."""

@@ -3,7 +3,8 @@
 Keys of the report: `hop_overhead_s` {p50, p99} [s], the encoder being int8 as in the demo, and `hop_overhead_float32_s`
 likewise; `throughput_ratio` (split over one process); `gateway_rps_per_core` [requests per processor second of the gateway];
 `http_floor_s` [s]; `overload` {on_time_ratio, perfect_on_time_ratio, ...}; `start_s` [s]; `light_resident_bytes` by stage;
-`machine`. What else stands there says how they came about.
+`container_hop_ratio` (hop overhead in containers over that of processes; absent where there are no images); `machine`.
+What else stands there says how they came about.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.manifest import Precision
-from tests.bench import gateway, hop, overload, start, throughput
+from tests.bench import containers, gateway, hop, overload, start, throughput
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "out" / "models" / "minilm"
@@ -34,7 +35,7 @@ def main() -> int:
                     "--precision", "int8"], check=True)  # fmt: skip
     console = Console(stderr=True)
     report: dict[str, Any] = {"machine": {"cpus": len(os.sched_getaffinity(0)), "platform": platform.platform()}}
-    for name, bench in (
+    benches = (
         ("start and memory", lambda: start.measure(MODEL)),
         ("hop overhead, int8", lambda: hops(MODEL, "int8")),
         ("hop overhead, float32", lambda: hops(MODEL, "float32")),
@@ -42,7 +43,9 @@ def main() -> int:
         ("gateway", gateway.measure),
         ("throughput", lambda: throughput.measure(MODEL)),
         ("overload", lambda: overload.measure(MODEL)),
-    ):
+        ("containers", lambda: in_containers(MODEL)),
+    )
+    for name, bench in benches:
         console.print(f"{name} …")
         figures: dict[str, Any] = uvloop.run(bench())  # type: ignore[no-untyped-call]
         report |= figures
@@ -60,11 +63,16 @@ async def hops(model: Path, precision: Precision) -> dict[str, Any]:
     return {key: figures.pop("overhead_s"), f"hop_{precision}": figures}
 
 
+async def in_containers(model: Path) -> dict[str, Any]:
+    """Nothing where there is no engine with the images (`docker compose build`)."""
+    return await containers.measure(model) if containers.possible() else {}
+
+
 def _table(report: dict[str, Any]) -> Table:
     table = Table("figure", "measured", "aimed at", title="make bench")
     small, large, over = report["hop_overhead_s"], report["hop_overhead_float32_s"], report["overload"]
     kept = f"{over['on_time_ratio']:.3f} / {over['perfect_on_time_ratio']:.3f}"
-    rows = (
+    rows = [
         ("hop overhead, gateway + 3 stages, int8, p50", f"{small['p50'] * 1e3:.2f} ms", "≤ 3 ms"),
         ("hop overhead, int8, p99", f"{small['p99'] * 1e3:.2f} ms", "≤ 8 ms"),
         ("hop overhead, float32, p50", f"{large['p50'] * 1e3:.2f} ms", ""),
@@ -80,7 +88,9 @@ def _table(report: dict[str, Any]) -> Table:
         ("overload, on time from 1 s after it", f"{over['recovered_on_time_ratio']:.3f}", "≥ 0.99"),
         ("start of a pipeline to its first answer", f"{report['start_s']:.2f} s", "≤ 5 s"),
         ("idle light stages, resident", f"{max(report['light_resident_bytes'].values()) / 2**20:.0f} MiB", "≤ 80 MiB"),
-    )
+    ]
+    if "container_hop_ratio" in report:
+        rows.append(("hop overhead, containers / processes, p50", f"{report['container_hop_ratio']:.2f}", ""))
     for row in rows:
         table.add_row(*row)
     return table

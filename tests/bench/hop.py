@@ -7,6 +7,7 @@ its caches swept by the other before every single task. Concurrency 1.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,25 @@ async def measure(model: Path, precision: Precision) -> dict[str, Any]:
     split, whole = [], []
     async with house(model, replicas, PIPELINES[:1], precision=precision) as up, Transport() as transport:
         url = f"{up.gateway}/v2/models/embed/infer"
-        for block in range(WARM_UP + BLOCKS):
-            samples = texts(BLOCK, seed=block)
-            apart = [await _latency(Request(text), transport, url) for text in samples]
+        for number in range(WARM_UP + BLOCKS):
+            samples = texts(BLOCK, seed=number)
+            apart = await block(samples, transport, url)
             alone = [timed(together.embed, text) for text in samples]
-            if block >= WARM_UP:
+            if number >= WARM_UP:
                 split += apart
                 whole += alone
     return {
-        "overhead_s": _quantiles([a - b for a, b in zip(split, whole, strict=True)]),
-        "split_latency_s": _quantiles(split),
-        "one_process_latency_s": _quantiles(whole),
+        "overhead_s": quantiles([a - b for a, b in zip(split, whole, strict=True)]),
+        "split_latency_s": quantiles(split),
+        "one_process_latency_s": quantiles(whole),
         "tasks": len(split),
         "precision": precision,
     }
+
+
+async def block(samples: Sequence[bytes], transport: Transport, url: str) -> list[float]:
+    """Latency of each text on its own [s]."""
+    return [await _latency(Request(text), transport, url) for text in samples]
 
 
 async def _latency(request: Request, transport: Transport, url: str) -> float:
@@ -54,7 +60,8 @@ async def _latency(request: Request, transport: Transport, url: str) -> float:
     return elapsed
 
 
-def _quantiles(seconds: list[float]) -> dict[str, float]:
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """The two that are reported."""
     return {"p50": quantile(seconds, 0.5), "p99": quantile(seconds, 0.99)}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from models import manifest
+from models.manifest import Manifest
 from services.dataplane import routes
 from services.dataplane.pipeline import Pipeline
 from services.dataplane.routes import Replica, Routes, Service
@@ -42,12 +43,12 @@ async def house(
     """Start every replica and a gateway, wait until they are ready, and drain them on the way out."""
     exported = manifest.load(model)
     started: dict[str, asyncio.subprocess.Process] = {}
-    services: dict[str, Service] = {}
+    urls: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         try:
             for name, count in replicas.items():
                 spec = exported.stage(name)
-                placed = []
+                urls[name] = []
                 for index in range(count):
                     own = precision if precision in spec.files else "float32"
                     replica = f"{name}-{index}"
@@ -56,31 +57,16 @@ async def house(
                         *command, "--precision", own, "--cpus", "1", log=Path(scratch, f"{name}-{index}")
                     )
                     started[replica] = process
-                    placed.append(Replica(id=replica, node="local", url=url, state="ready"))
-                services[name] = Service(
-                    name=name,
-                    model=exported.model,
-                    stage=name,
-                    tier=spec.tier,
-                    inputs=spec.inputs,
-                    outputs=spec.outputs,
-                    replicas=tuple(placed),
-                )
-            document = Routes(version=1, testbed="bench", services=services, pipelines={p.name: p for p in pipelines})
+                    urls[name].append(url)
             file = Path(scratch, "routes.json")
-            routes.save(document, file)
+            routes.save(document(exported, urls, pipelines), file)
             process, gateway = await _start("services.gateway", "--routes-file", str(file), log=Path(scratch, "gateway"))
             started["gateway"] = process
             # A gateway without pipelines is never ready.
-            await _ready(
-                [
-                    *([gateway] if pipelines else []),
-                    *(replica.url for service in services.values() for replica in service.replicas),
-                ]
-            )
+            await ready([*([gateway] if pipelines else []), *(url for each in urls.values() for url in each)])
             yield House(
                 gateway,
-                {name: service.replicas[0].url for name, service in services.items()},
+                {name: each[0] for name, each in urls.items()},
                 {name: psutil.Process(process.pid) for name, process in started.items()},
             )
         finally:
@@ -88,6 +74,25 @@ async def house(
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(signal.SIGTERM)
             await asyncio.gather(*(process.wait() for process in started.values()))
+
+
+def document(exported: Manifest, urls: Mapping[str, Sequence[str]], pipelines: Sequence[Pipeline]) -> Routes:
+    """Routes to replicas of the stages at these addresses, all of them ready."""
+    services = {}
+    for name, addresses in urls.items():
+        spec = exported.stage(name)
+        services[name] = Service(
+            name=name,
+            model=exported.model,
+            stage=name,
+            tier=spec.tier,
+            inputs=spec.inputs,
+            outputs=spec.outputs,
+            replicas=tuple(
+                Replica(id=f"{name}-{index}", node="local", url=url, state="ready") for index, url in enumerate(addresses)
+            ),
+        )
+    return Routes(version=1, testbed="bench", services=services, pipelines={p.name: p for p in pipelines})
 
 
 async def _start(*command: str, log: Path) -> tuple[asyncio.subprocess.Process, str]:
@@ -100,7 +105,8 @@ async def _start(*command: str, log: Path) -> tuple[asyncio.subprocess.Process, 
         return process, f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-async def _ready(addresses: Sequence[str]) -> None:
+async def ready(addresses: Sequence[str]) -> None:
+    """Wait until all of them are ready."""
     async with asyncio.timeout(READY_S), Transport() as transport:
         for address in addresses:
             while True:

@@ -66,6 +66,14 @@ MANIFEST = Manifest(
             ),
             outputs=(tensor("embedding", "FP32", "batch", 384),),
         ),
+        StageSpec(
+            name="broken", tier="light", processor="pool", files={"float32": ()},
+            inputs=(
+                tensor("last_hidden_state", "FP32", "batch", "seq", 384),
+                tensor("attention_mask", "INT64", "batch", "seq"),
+            ),
+            outputs=(tensor("embedding", "FP32", "batch", 384),),
+        ),
     ),
 )  # fmt: skip
 

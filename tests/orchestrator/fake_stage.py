@@ -1,6 +1,7 @@
 """A stage for tests, as small as one can be: the command line, health, metrics and drain of `services.stage`, and no model.
 
-What it does besides is told by the name of its stage: `broken` ends at once, `stubborn` ignores SIGTERM, `mute` is never ready.
+What it does besides is told by the name of its stage: `broken` says so and ends at once, `stubborn` ignores SIGTERM, `mute` is
+never ready.
 Run it as `python -m tests.orchestrator.fake_stage`.
 """
 
@@ -66,14 +67,29 @@ class Server(ThreadingHTTPServer):
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    for option in ("model", "stage", "service", "replica", "node", "precision", "cpus", "queue-capacity", "drain-grace"):
+    for option in (
+        "model",
+        "stage",
+        "service",
+        "replica",
+        "node",
+        "precision",
+        "cpus",
+        "queue-capacity",
+        "drain-grace",
+        "max-batch",
+    ):
         parser.add_argument(f"--{option}")
     parser.add_argument("--fd", type=int)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.stage == "broken":
+        print("this stage is broken", flush=True)
         return BROKEN_STATUS
     labels = f'stage="{arguments.service}",node="{arguments.node}"'
-    server = Server(socket.socket(fileno=arguments.fd), arguments.stage, labels)
+    listener = socket.socket(fileno=arguments.fd) if arguments.fd else socket.create_server((arguments.host, arguments.port))
+    server = Server(listener, arguments.stage, labels)
 
     def stop(number: int, frame: FrameType | None) -> None:
         if arguments.stage != "stubborn":

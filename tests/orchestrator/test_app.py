@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from orchestrator import app
-from orchestrator.errors import Infeasible, RunFailed, UsageError
+from orchestrator.errors import Conflict, Infeasible, RunFailed, UsageError
 from services.dataplane import routes as document
 from services.dataplane.routes import Routes
 
@@ -26,6 +26,9 @@ class Panel:
     def exposition(self) -> bytes:
         return b"espalier_build_info 1\n"
 
+    def targets(self) -> list[dict[str, Any]]:
+        return [{"targets": ["127.0.0.1:4001"], "labels": {"job": "stage", "replica": "pool-1"}}]
+
     async def routes(self, after: int, wait_s: float, gateway: str | None) -> Routes | None:
         self.asked.append(("routes", after, wait_s, gateway))
         return self.answer
@@ -37,6 +40,9 @@ class Panel:
 
     def restart(self, services: list[str] | None) -> None:
         self.asked.append(("restart", services))
+
+    def update(self, text: str, name: str, limit_s: float) -> None:
+        self.asked.append(("update", text, name, limit_s))
 
     def shut_down(self) -> None:
         self.asked.append(("shut_down",))
@@ -67,11 +73,13 @@ async def test_orders_are_passed_on(panel: Panel, client: httpx.AsyncClient) -> 
         ("/v1/scale", {"service": "pool", "replicas": 2, "standby": 1}),
         ("/v1/restart", {}),
         ("/v1/restart", {"services": ["pool"]}),
+        ("/v1/update", {"testbed": "name: small", "name": "small.yaml", "limit": 60}),
         ("/v1/shutdown", {}),
     ):
         assert (await client.post(path, json=body)).status_code == 202
     assert panel.asked == [
-        ("scale", "pool", 2, None), ("scale", "pool", 2, 1), ("restart", None), ("restart", ["pool"]), ("shut_down",),
+        ("scale", "pool", 2, None), ("scale", "pool", 2, 1), ("restart", None), ("restart", ["pool"]),
+        ("update", "name: small", "small.yaml", 60.0), ("shut_down",),
     ]  # fmt: skip
 
 
@@ -80,6 +88,7 @@ async def test_orders_are_passed_on(panel: Panel, client: httpx.AsyncClient) -> 
     [
         (UsageError("no such service"), 400, "bad_request"),
         (Infeasible("no room"), 409, "infeasible"),
+        (Conflict("an update is under way"), 423, "busy"),
         (RunFailed("broken"), 503, "unavailable"),
     ],
 )
@@ -97,6 +106,12 @@ async def test_a_refusal_says_why(
 async def test_nonsense_is_refused(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
     answer = await client.post("/v1/scale", json=body)
     assert (answer.status_code, answer.json()["reason"]) == (400, "bad_request")
+
+
+async def test_a_server_is_told_whom_to_scrape(panel: Panel, client: httpx.AsyncClient) -> None:
+    answer = await client.get("/v1/targets")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    assert answer.json() == panel.targets()
 
 
 async def test_status_metrics_and_health_answer(client: httpx.AsyncClient) -> None:

@@ -126,17 +126,69 @@ def test_a_testbed_comes_up_is_scaled_survives_its_orchestrator_and_goes_down(te
     assert list(terminal.state.root.glob("replicas/*")) == []
 
 
-def test_a_changed_testbed_replaces_the_orchestrator_and_only_what_changed(terminal: Terminal) -> None:
+def test_a_changed_testbed_replaces_only_what_changed(terminal: Terminal) -> None:
     terminal.good("up")
     terminal.settle()
     before, daemon = terminal.pids(), terminal.state.read_daemon()
     terminal.good("up")
-    assert terminal.state.read_daemon() == daemon, "up again changes nothing"
+    assert terminal.pids() == before, "up again changes nothing"
     terminal.write(TESTBED.replace("stage: pool, cpus: 0.1", "stage: pool, cpus: 0.2"))
     terminal.good("up")
-    terminal.settle()
     after = terminal.pids()
-    assert terminal.state.read_daemon() != daemon
+    assert terminal.state.read_daemon() == daemon, "the orchestrator goes on"
+    assert {r: p for r, p in before.items() if "pool" not in r} == {r: p for r, p in after.items() if "pool" not in r}
+    assert "pool-1" not in after
+    assert terminal.status()["update"]["state"] == "done"
+
+
+def test_an_update_whose_replicas_do_not_start_is_rolled_back(terminal: Terminal) -> None:
+    terminal.good("up")
+    terminal.settle()
+    before, sha256 = terminal.pids(), terminal.status()["sha256"]
+    terminal.write(
+        TESTBED.replace("stage: pool,", "stage: broken,").replace("stage: encode, cpus: 0.5", "stage: encode, cpus: 0.4")
+    )
+    result = terminal.run("up")
+    assert result.exit_code == 3
+    assert "rolled back: pool on edge-" in result.stderr
+    assert "failed 3 times in a row" in result.stderr
+    assert terminal.status()["sha256"] == sha256
+    after = terminal.pids()
+    assert {r: p for r, p in before.items() if "pool" in r} == {r: p for r, p in after.items() if "pool" in r}
+
+    daemon = terminal.state.read_daemon()
+    assert daemon is not None
+    os.kill(daemon.pid, signal.SIGKILL)
+    os.waitpid(daemon.pid, 0)
+    terminal.write(TESTBED)
+    terminal.good("up")
+    assert terminal.pids() == after, "what was in force comes back, and nothing is disturbed"
+
+
+def test_an_update_that_cannot_be_is_refused_at_once(terminal: Terminal) -> None:
+    terminal.good("up")
+    before = terminal.settle() and terminal.pids()
+    for text, said in (
+        (TESTBED.replace("gateway: {port: 0}", "gateway: {port: 1}"), "gateway cannot change while the testbed is up"),
+        (TESTBED.replace("replicas: 2", "replicas: 50"), "no node has room"),
+    ):
+        terminal.write(text)
+        result = terminal.run("up")
+        assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+    assert terminal.pids() == before
+
+
+def test_a_file_that_changed_while_nobody_looked_is_an_update_too(terminal: Terminal) -> None:
+    terminal.good("up")
+    terminal.settle()
+    before, daemon = terminal.pids(), terminal.state.read_daemon()
+    assert daemon is not None
+    os.kill(daemon.pid, signal.SIGKILL)
+    os.waitpid(daemon.pid, 0)
+    terminal.write(TESTBED.replace("stage: pool, cpus: 0.1", "stage: pool, cpus: 0.2"))
+    terminal.good("up")
+    after = terminal.pids()
+    assert terminal.status()["update"]["state"] == "done"
     assert {r: p for r, p in before.items() if "pool" not in r} == {r: p for r, p in after.items() if "pool" not in r}
     assert "pool-1" not in after
 

@@ -26,6 +26,27 @@ def test_replicas_are_shown_by_state_and_vanish_when_they_are_gone() -> None:
     assert not any(key[0] == "espalier_replicas" for key in read(metrics))
 
 
+def test_failures_are_counted_by_place_from_zero_on() -> None:
+    metrics = Metrics()
+    metrics.show([Replica("p-1", "pool", "a", "starting", 1, 1)], None)
+    assert read(metrics)["espalier_replica_failures_total", "a", "pool"] == 0
+    for total in (1, 3):
+        metrics.failed({("pool", "a"): total})
+    assert read(metrics)["espalier_replica_failures_total", "a", "pool"] == 3
+
+
+def test_the_telemetry_in_use_and_what_was_promised_are_shown_as_they_are_now() -> None:
+    metrics = Metrics()
+    for source, pipeline in (("http://a:1", "rank"), ("http://b:1", "embed")):
+        metrics.telemetry({source: 0.5}, {"prometheus": 1, "scrape": 0})
+        metrics.promises({pipeline: (0.3, 0.05)})
+    values = read(metrics)
+    assert (values["espalier_controller_sources", "prometheus"], values["espalier_controller_sources", "scrape"]) == (1, 0)
+    assert values["espalier_controller_signal_age_seconds", "http://b:1"] == 0.5
+    assert (values["espalier_pipeline_deadline_seconds", "embed"], values["espalier_pipeline_epsilon", "embed"]) == (0.3, 0.05)
+    assert not any(key[-1] in {"http://a:1", "rank"} for key in values), "what is not there any more disappears"
+
+
 def test_counters_follow_the_totals_they_are_given() -> None:
     metrics = Metrics()
     for total, cost in ((2, 1.0), (5, 4.0)):

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator import decision_log
+import pytest
+
+from orchestrator import replay
 from orchestrator.core import Observation, Placement, Replica, Target
 from orchestrator.costs import Prices
 from orchestrator.decision_log import DecisionLog
 from orchestrator.metrics import Metrics
 from orchestrator.runner import Runner
-from orchestrator.scaling.manual import ManualState
 from tests.orchestrator.scaling.test_manual import POLICY, seen
+from tests.orchestrator.test_decision_log import ORIGIN
 
 
 class Eyes:
@@ -51,7 +54,7 @@ class World:
         self.t = 0.0
         self.path = tmp_path / "decisions.jsonl"
         self.runner = Runner(
-            policy=POLICY, telemetry=self.eyes, runtime=self.hands, decisions=DecisionLog(self.path, ManualState),
+            policy=POLICY, telemetry=self.eyes, runtime=self.hands, decisions=DecisionLog(self.path, lambda: ORIGIN),
             orders=lambda: self.orders, version=lambda: 1, metrics=self.metrics, prices=Prices(start=3.0), slot_s=slot_s,
             clock=lambda: self.t,
         )  # fmt: skip
@@ -63,7 +66,8 @@ async def test_a_slot_observes_decides_applies_and_logs(tmp_path: Path) -> None:
     world.orders["pool"] = Target(2, 0)
     await world.runner.tick()
     assert [applied.target("pool") for applied in world.hands.applied] == [Target(1, 1), Target(2, 0)]
-    assert decision_log.replay(world.path, POLICY) == decision_log.Replay(2, ())
+    again = replay.replay(world.path)
+    assert (again.slots, again.different) == (2, 0)
     assert b'espalier_controller_actions_total{action="apply",result="ok"} 2.0' in world.metrics.exposition()
 
 
@@ -91,6 +95,28 @@ async def test_a_slot_that_fails_is_counted_and_the_next_one_comes(tmp_path: Pat
         await loop
     assert world.runner.failed_slots >= 3
     assert b'espalier_controller_actions_total{action="tick",result="failed"}' in world.metrics.exposition()
+
+
+async def test_control_goes_on_where_the_decision_log_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A directory in the log's place stands for the full disk."""
+    caplog.set_level(logging.INFO, "orchestrator.runner")
+    world = World(tmp_path)
+    world.path.mkdir()
+    for _ in range(3):
+        await world.runner.tick()
+    assert len(world.hands.applied) == 3
+    assert world.runner.decision is not None
+    assert world.runner.decision.reason == "as ordered: encode 2, pool 1+1", "the state goes on too"
+    assert b'espalier_controller_actions_total{action="log",result="failed"} 3.0' in world.metrics.exposition()
+    world.path.rmdir()
+    await world.runner.tick()
+    said = [record.message for record in caplog.records if "decision log" in record.message]
+    assert [line.partition(":")[0] for line in said] == [
+        "the decision log cannot be written, control goes on without it", "the decision log is written again",
+    ]  # fmt: skip
+    assert replay.replay(world.path).different == 0
 
 
 async def test_an_order_ends_the_wait_between_slots(tmp_path: Path) -> None:

@@ -28,11 +28,20 @@ def test_quantities_arrive_in_seconds_and_bytes() -> None:
     assert testbed.gateway_node == "edge-1"
 
 
+def test_a_replica_may_use_a_whole_core_where_nothing_is_said() -> None:
+    testbed = load(TESTBED.replace("stage: encode, cpus: 0.5", "stage: encode, cpus: 1.5, replicas: 1")
+                   .replace("memory: 128MiB, replicas: 2", "memory: 128MiB")
+                   .replace(POOL, POOL + ", cpu_limit: 0.25")).testbed  # fmt: skip
+    limits = {name: service.cpus_at_most for name, service in testbed.services.items()}
+    assert limits == {"tokenise": 1.0, "encode": 1.5, "pool": 0.25}
+
+
 POOL = "pool: {model: tiny, stage: pool, cpus: 0.1, memory: 64MiB"
 ENCODE_STEP = "{id: encode, service: encode}"
 EVERY_MISTAKE = [
     ("edge-1: {cpus: 2,", "edge-1: {cpu: 2,", "3: nodes.edge-1.cpu: unknown field; did you mean cpus?"),
-    ("edge-1: {cpus: 2,", "edge-1: {cpus: 2, color: red,", "3: nodes.edge-1.color: unknown field; there are cpus, memory"),
+    ("edge-1: {cpus: 2,", "edge-1: {cpus: 2, color: red,",
+     "3: nodes.edge-1.color: unknown field; there are cpus, memory, gpus"),
     ("name: small", "name: Small", "1: name: 'Small' must be lower-case letters, digits, - and _, and start with a letter"),
     ("name: small\n", "", "1: name: is missing"),
     ("cpus: 2, memory: 1GiB}\n  edge-2", "cpus: 0, memory: 1GiB}\n  edge-2",
@@ -61,6 +70,8 @@ EVERY_MISTAKE = [
      "12: services.pool.cpus: one replica needs 4, but the largest node it may use, edge-1, has 2"),
     (POOL, POOL.replace("64MiB", "4GiB"),
      "12: services.pool.memory: one replica needs 4096 MiB, but the largest node it may use, edge-1, has 1024 MiB"),
+    (POOL, POOL + ", gpus: 1", "12: services.pool.gpus: one replica needs 1, but no node it may use has more than 0"),
+    (POOL, POOL + ", cpu_limit: 0.05", "12: services.pool.cpu_limit: 0.05 is less than the 0.1 cpus it reserves"),
     ("deadline: 300ms", "deadline: 0ms", "15: pipelines.embed.deadline: '0ms' is out of range: input should be greater than 0"),
     ("epsilon: 0.05", "epsilon: 1.5", "16: pipelines.embed.epsilon: 1.5 is out of range: input should be less than 1"),
     (ENCODE_STEP, "{id: encode, service: encod}",

@@ -24,9 +24,11 @@ import psutil
 from click.testing import CliRunner
 
 from loadgen.outcome import OUTCOMES
+from orchestrator import testbed as testbeds
 from orchestrator.__main__ import main
 from orchestrator.state_dir import StateDir
 from tests.services import harness
+from tests.system.engine import docker, labelled, program
 
 TESTBED = Path(__file__).with_name("edge.yaml")
 SERVICES = ("tokenise", "encode", "pool")
@@ -40,12 +42,39 @@ MARK = "ESPALIER_SYSTEM_TEST"
 """In the environment of everything that is started here, so that all of it can be found again."""
 
 
+class Served:
+    """Something with a gateway: what that has counted, and load on it."""
+
+    url: str
+    """Address of the gateway."""
+    mark: str = ""
+
+    def metrics(self) -> str:
+        """The gateway's exposition page."""
+        return httpx.get(f"{self.url}/metrics", trust_env=False, timeout=PATIENCE_S).text
+
+    def counted(self) -> Counter[str]:
+        """Tasks that have ended at this gateway, by outcome."""
+        return Counter(harness.outcomes(self.metrics(), PIPELINE))
+
+    def gauge(self, name: str) -> float:
+        """One number of the gateway's page."""
+        (line,) = [line for line in self.metrics().splitlines() if line.startswith(f"{name} ")]
+        return float(line.split()[1])
+
+    def load(self, directory: Path, rate: float, seconds: float, deadline_s: float = DEADLINE_S) -> Load:
+        """So many tasks a second, evenly, for so long: their number is known beforehand."""
+        return Load(self, directory, rate, seconds, deadline_s)
+
+
 @dataclass
-class Edge:
-    """The testbed of edge.yaml."""
+class Edge(Served):
+    """A testbed (edge.yaml) whose replicas are processes, or containers of this machine's engine."""
 
     home: Path
     models: Path
+    runtime: str = "processes"
+    testbed: Path = TESTBED
     state: StateDir = field(init=False)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -61,9 +90,15 @@ class Edge:
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    def up(self) -> None:
-        """Start everything, or find everything running."""
-        self.espalier("up", str(TESTBED), "--models-dir", str(self.models))
+    def refused(self, command: str, *arguments: str) -> str:
+        """Run a command that must fail; what it says."""
+        result = self._runner.invoke(main, [command, *arguments, "--state-dir", str(self.state.root)])
+        assert result.exit_code != 0, result.output
+        return result.stderr
+
+    def up(self, testbed: Path | None = None) -> None:
+        """Start everything, find everything running, or go over to another version of the testbed's file."""
+        self.espalier("up", str(testbed or self.testbed), "--models-dir", str(self.models), "--runtime", self.runtime)
 
     def status(self) -> dict[str, Any]:
         """What `espalier status` knows."""
@@ -83,34 +118,24 @@ class Edge:
     # --- what runs --------------------------------------------------------------------------------------------------------
 
     @property
-    def url(self) -> str:
+    def url(self) -> str:  # type: ignore[override]
         """Address of the gateway."""
         return str(self.status()["gateway"]["url"])
 
     def pids(self) -> dict[str, int]:
-        """Process of every replica and of the gateway."""
+        """Process of every replica and of the gateway; of a container, the one that its init looks after."""
         status = self.status()
         replicas = [replica for service in status["services"].values() for replica in service["replicas"]]
-        return {"gateway": status["gateway"]["pid"], **{replica["id"]: replica["pid"] for replica in replicas}}
+        return {"gateway": status["gateway"]["pid"], **{replica["id"]: self._pid(replica) for replica in replicas}}
+
+    def _pid(self, replica: dict[str, Any]) -> int:
+        if "pid" in replica:
+            return int(replica["pid"])
+        return program(replica["container"]).pid
 
     def replicas(self, service: str) -> dict[str, str]:
         """Address of every replica of a service."""
         return {replica["id"]: replica["url"] for replica in self.status()["services"][service]["replicas"]}
-
-    # --- what the gateway has counted -------------------------------------------------------------------------------------
-
-    def metrics(self) -> str:
-        """The gateway's exposition page."""
-        return httpx.get(f"{self.url}/metrics", trust_env=False, timeout=PATIENCE_S).text
-
-    def counted(self) -> Counter[str]:
-        """Tasks that have ended at this gateway, by outcome."""
-        return Counter(harness.outcomes(self.metrics(), PIPELINE))
-
-    def gauge(self, name: str) -> float:
-        """One number of the gateway's page."""
-        (line,) = [line for line in self.metrics().splitlines() if line.startswith(f"{name} ")]
-        return float(line.split()[1])
 
     # --- the end ----------------------------------------------------------------------------------------------------------
 
@@ -122,21 +147,25 @@ class Edge:
         """Every process that was started from here and still runs."""
         return [process for process in psutil.process_iter() if self._is_ours(process)]
 
+    def containers(self) -> list[str]:
+        """Every container that was made from here."""
+        if self.runtime != "engine":
+            return []
+        return labelled(f"espalier.scope={self.state.scope(testbeds.load(self.testbed).testbed.name)}")
+
     def sweep(self) -> None:
         """End whatever is left."""
         for process in self.running():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        if left := self.containers():
+            docker("rm", "--force", *left)
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
             return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark
         except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             return False
-
-    def load(self, directory: Path, rate: float, seconds: float, deadline_s: float = DEADLINE_S) -> Load:
-        """So many tasks a second, evenly, for so long: their number is known beforehand."""
-        return Load(self, directory, rate, seconds, deadline_s)
 
 
 @dataclass(frozen=True)
@@ -180,7 +209,7 @@ class Ran:
 class Load:
     """`python -m loadgen` beside the test; killed on the way out if it has not ended."""
 
-    def __init__(self, edge: Edge, directory: Path, rate: float, seconds: float, deadline_s: float) -> None:
+    def __init__(self, edge: Served, directory: Path, rate: float, seconds: float, deadline_s: float) -> None:
         self.tasks = round(rate * seconds)
         self._edge = edge
         self._before = edge.counted()
@@ -234,13 +263,14 @@ def until(condition: Callable[[], bool], what: str, limit_s: float = PATIENCE_S)
         time.sleep(0.02)
 
 
-def running(home: Path, models: Path) -> Iterator[Edge]:
+@contextlib.contextmanager
+def running(edge: Edge) -> Iterator[Edge]:
     """The testbed, up; afterwards it is taken down, and nothing of it is left."""
-    edge = Edge(home, models)
     try:
         edge.up()
         yield edge
         edge.down()
         assert edge.running() == [], "espalier down left something running"
+        assert edge.containers() == [], "espalier down left a container"
     finally:
         edge.sweep()

@@ -12,6 +12,7 @@ from orchestrator.placement import greedy
 
 MIB = 2**20
 NODES = (Node("a", 2.0, 1024 * MIB), Node("b", 2.0, 1024 * MIB))
+WITH_GPUS = (Node("a", 2.0, 1024 * MIB), Node("b", 2.0, 1024 * MIB, gpus=2))
 ENCODE = Service("encode", "core", 1.0, 256 * MIB)
 POOL = Service("pool", "light", 0.25, 64 * MIB)
 
@@ -86,11 +87,18 @@ def test_infeasible_names_what_lacks_and_the_smallest_relaxation(service: Servic
     assert str(caught.value) == message
 
 
+def test_who_needs_a_gpu_goes_where_one_is_and_a_standby_holds_it_too() -> None:
+    vision = Service("vision", "light", 0.1, 64 * MIB, gpus=1)
+    assert greedy.place([vision], WITH_GPUS, {"vision": Target(1, 1)}) == Placement({"vision": {"b": 1}}, {"vision": {"b": 1}})
+    with pytest.raises(Infeasible, match=r"a lacks 1 gpus; b lacks 1 gpus\. The smallest relaxation: give b 1 gpus more"):
+        greedy.place([vision], WITH_GPUS, {"vision": Target(2, 1)})
+
+
 sizes = st.floats(0.1, 1.5)
 counts = st.integers(0, 3)
 services_drawn = st.lists(
     st.builds(Service, st.sampled_from("uvwx"), st.sampled_from(["core",
-    "light"]), sizes, st.integers(1, 400).map(MIB.__mul__)),
+    "light"]), sizes, st.integers(1, 400).map(MIB.__mul__), gpus=st.integers(0, 1)),
     unique_by=lambda s: s.name, min_size=1,
 )  # fmt: skip
 targets_drawn = st.fixed_dictionaries({name: st.builds(Target, counts, counts) for name in "uvwx"})
@@ -103,13 +111,14 @@ def test_a_placement_meets_its_targets_within_every_capacity(
     services: list[Service], targets: Mapping[str, Target], keep: Placement
 ) -> None:
     try:
-        placed = greedy.place(services, NODES, targets, keep=keep)
+        placed = greedy.place(services, WITH_GPUS, targets, keep=keep)
     except Infeasible:
         return
     for service in services:
         assert placed.target(service.name) == targets[service.name]
-    for node in NODES:
+    for node in WITH_GPUS:
         ready = {s: placed.ready_on(s.name, node.name) for s in services}
         assert sum(s.cpus * n for s, n in ready.items()) <= node.cpus + 1e-6
         loaded = {s: n + placed.standby_on(s.name, node.name) for s, n in ready.items()}
         assert sum(s.memory_bytes * n for s, n in loaded.items()) <= node.memory_bytes
+        assert sum(s.gpus * n for s, n in loaded.items()) <= node.gpus

@@ -12,4 +12,4 @@ def test_the_first_failure_is_forgiven_and_the_next_ones_cost_more_and_more() ->
 
 
 def test_a_long_life_begins_the_count_anew() -> None:
-    assert Backoff(failures=6, until=50.0).after_failure(100.0, lived_s=31.0) == Backoff(1, 100.0)
+    assert Backoff(failures=6, until=50.0, total=9).after_failure(100.0, lived_s=31.0) == Backoff(1, 100.0, total=10)

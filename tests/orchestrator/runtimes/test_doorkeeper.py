@@ -41,11 +41,13 @@ async def test_a_gateway_that_dies_comes_back_on_the_same_port(tmp_path: Path) -
     door = doorkeeper(tmp_path, deaths)
     await door.open()
     first = await until(door, lambda record: record.state == "ready")
+    assert first.pid is not None
     os.kill(first.pid, signal.SIGKILL)
     again = await until(door, lambda record: record.pid != first.pid and record.state == "ready")
     assert again.url == first.url
     assert deaths == [NAME]
     await door.close()
+    assert again.identity is not None
     assert not children.recognise(again.identity)
 
 
@@ -68,7 +70,7 @@ async def test_a_gateway_for_another_address_makes_way(tmp_path: Path) -> None:
     await before.leave()
     after = Doorkeeper(
         state_dir=tmp_path,
-        argv=(*old.specification[: old.specification.index("--node")],),
+        argv=old.argv[: old.argv.index("--node")],
         door=Door("b", "127.0.0.1", 0),
         environment=children.environment(ROOT),
         on_death=lambda _: None,
@@ -76,6 +78,7 @@ async def test_a_gateway_for_another_address_makes_way(tmp_path: Path) -> None:
     await after.open()
     new = await until(after, lambda record: record.state == "ready")
     assert (new.node, new.pid != old.pid) == ("b", True)
+    assert old.identity is not None
     assert not children.recognise(old.identity)
     await after.close()
 

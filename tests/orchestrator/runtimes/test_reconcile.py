@@ -103,6 +103,16 @@ def test_one_plan(story: str, replicas: list[Replica], desired: Placement, steps
     assert reconcile(replicas, desired, {"pool": POOL}, NODES) == steps
 
 
+def test_a_gpu_is_waited_for_by_who_needs_one() -> None:
+    vision = replace(POOL, name="vision", gpus=1)
+    nodes = {"a": Node("a", 2.0, 1000 * MIB, gpus=1)}
+    busy = [Replica(f"vision-{i}", "vision", "a", "draining", 0.1, MIB, gpus=1) for i in (1, 2)]
+    desired = Placement({"vision": {"a": 1}, "pool": {"a": 1}})
+    services = {"vision": vision, "pool": POOL}
+    assert reconcile(busy, desired, services, nodes) == (Start("pool", "a"),)
+    assert reconcile(busy[:1], desired, services, nodes) == (Start("pool", "a"), Start("vision", "a")), "one more, for a moment"
+
+
 def test_a_replica_of_an_unknown_service_is_drained() -> None:
     assert reconcile([replica("encode-1", "a", "ready")], Placement(), {"pool": POOL}, NODES) == (Change("drain", "encode-1"),)
 

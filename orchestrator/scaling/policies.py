@@ -1,0 +1,48 @@
+"""The policies there are, by the name that a decision log calls them. A new policy is one line here.
+
+A policy is a frozen dataclass: its fields are its parameters, and all of them survive JSON (`parameters` has types for those
+that JSON has no shape for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.core import ScalingPolicy
+from orchestrator.scaling.manual import Manual
+
+POLICIES: Mapping[str, type[ScalingPolicy[Any]]] = {
+    "manual": Manual,
+}
+
+
+def describe(policy: ScalingPolicy[Any]) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of a policy, as JSON values.
+
+    Raises:
+        KeyError: it is not one of `POLICIES`.
+    """
+    names = {kind: name for name, kind in POLICIES.items()}
+    parameters: dict[str, Any] = TypeAdapter(type(policy)).dump_python(policy, mode="json")
+    return names[type(policy)], parameters
+
+
+def build(name: str, parameters: Mapping[str, Any]) -> ScalingPolicy[Any]:
+    """The policy that `describe` described.
+
+    Raises:
+        ValueError: there is no such policy, or it has other parameters.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"there is no policy {name!r} in this version; it has {', '.join(POLICIES)}")
+    try:
+        policy: ScalingPolicy[Any] = TypeAdapter(POLICIES[name]).validate_python(parameters)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"parameter {'.'.join(map(str, first['loc']))} of policy {name}: {first['msg']}") from None
+    if describe(policy)[1] != parameters:
+        raise ValueError(f"policy {name} of this version has other parameters than the log's")
+    return policy

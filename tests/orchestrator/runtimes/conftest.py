@@ -1,0 +1,56 @@
+"""Both drivers, for tests that must hold for either."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+
+import docker
+import pytest
+
+from tests.orchestrator.runtimes.world import EngineKind, Kind, ProcessesKind
+
+
+@pytest.fixture(scope="session")
+def stage_network(engine: docker.APIClient) -> Iterator[str]:
+    """A network for stages."""
+    name = "espalier-test-runtimes"
+    network = engine.create_network(name, driver="bridge", check_duplicate=False)["Id"]
+    yield name
+    engine.remove_network(network)
+
+
+@pytest.fixture(scope="session")
+def stage_models(engine: docker.APIClient) -> Iterator[str]:
+    """A volume for models; fake stages do not open it."""
+    name = "espalier-test-models"
+    engine.create_volume(name)
+    yield name
+    engine.remove_volume(name)
+
+
+@pytest.fixture
+def containers(engine: docker.APIClient, fake_stage_image: str, stage_network: str, stage_models: str) -> Iterator[EngineKind]:
+    """The engine driver, in a scope of its own."""
+    kind = EngineKind(engine, fake_stage_image, stage_network, stage_models)
+    yield kind
+    kind.remove_all()
+
+
+@pytest.fixture(params=["processes", "engine"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Each driver in turn."""
+    if request.param == "processes":
+        return ProcessesKind()
+    made: EngineKind = request.getfixturevalue("containers")
+    return made
+
+
+@pytest.fixture
+def sockets_left_behind() -> Iterator[None]:
+    """The docker package leaves a socket that could not connect to the garbage collector, which complains; not here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from models import manifest as manifests
+from orchestrator import plan as plans
+from orchestrator.errors import SetupFailed, TestbedInvalid, UsageError
+from orchestrator.plan import Plan
+from tests.orchestrator.examples import MANIFEST, TESTBED, export, load
+
+
+def plan(home: Path, text: str = TESTBED) -> Plan:
+    return plans.make(load(text), home / "models")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    export(tmp_path)
+    return tmp_path
+
+
+def test_a_model_that_is_not_exported_is_a_failed_set_up(tmp_path: Path) -> None:
+    with pytest.raises(SetupFailed, match="export the model first"):
+        plan(tmp_path)
+
+
+def test_a_file_that_does_not_fit_its_models_is_invalid(home: Path) -> None:
+    with pytest.raises(TestbedInvalid, match="has no stage 'pol'"):
+        plan(home, TESTBED.replace("stage: pool,", "stage: pol,"))
+
+
+def test_between_two_plans_stand_the_services_of_both_and_the_pipelines_of_the_old(home: Path) -> None:
+    new = TESTBED.replace(
+        "  pool: {model: tiny, stage: pool, cpus: 0.1, memory: 64MiB}",
+        "  mean: {model: tiny, stage: pool, cpus: 0.2, memory: 64MiB}",
+    ).replace("{id: pool, service: pool}", "{id: pool, service: mean}")
+    new = new.replace("stage: encode, cpus: 0.5", "stage: encode, cpus: 0.25")
+    both = plans.between(plan(home), plan(home, new))
+    assert set(both.services()) == {"tokenise", "encode", "pool", "mean"}
+    assert both.services()["encode"].cpus == 0.25, "the new shape of what both have"
+    assert [step.service for step in both.map().pipelines["embed"].steps] == ["tokenise", "encode", "pool"]
+    assert both.policy().wanted({})["mean"].replicas == 1
+
+
+@pytest.mark.parametrize(("old", "new"), [("name: small", "name: other"), ("gateway: {port: 0}", "gateway: {port: 9}")])
+def test_what_cannot_change_while_it_is_up_is_refused(home: Path, old: str, new: str) -> None:
+    with pytest.raises(UsageError, match=r"cannot change while the testbed is up; take it down first"):
+        plans.between(plan(home), plan(home, TESTBED.replace(old, new)))
+
+
+def test_a_service_that_would_speak_other_tensors_needs_another_name(home: Path) -> None:
+    before = plan(home)
+    stages = tuple(
+        stage.model_copy(update={"outputs": stage.inputs}) if stage.name == "pool" else stage for stage in MANIFEST.stages
+    )
+    after = Plan(before.loaded, {"tiny": MANIFEST.model_copy(update={"stages": stages})}, before.wiring)
+    with pytest.raises(UsageError, match="service 'pool' would take or give other tensors"):
+        plans.between(before, after)
+
+
+def test_the_same_model_exported_again_may_replace_it(home: Path) -> None:
+    before = plan(home)
+    manifests.save(MANIFEST.model_copy(update={"weights": "trained"}), home / "models" / "tiny")
+    assert plans.between(before, plan(home)).services() == before.services()
