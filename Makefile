@@ -33,8 +33,8 @@ up: $(READY) ## export the models and start TESTBED (default: the demo's) in the
 down: $(READY) ## drain and stop what `make up` started
 	$(BIN)/espalier down --testbed $(TESTBED)
 
-test: $(READY) ## every test
-	$(BIN)/pytest
+test: $(READY) ## every test, those in containers too where an engine answers or can be brought up
+	tests/with-engine.sh $(BIN)/pytest
 
 check: $(READY) ## style, types and import rules
 	$(BIN)/ruff check

@@ -28,9 +28,11 @@ from orchestrator.rollout import Progress, Rollout, Standing
 from orchestrator.routes import Publisher
 from orchestrator.runner import Runner
 from orchestrator.runtimes import child as children
+from orchestrator.runtimes.containers import EngineOptions
 from orchestrator.runtimes.doorkeeper import NAME as GATEWAY_NAME
 from orchestrator.runtimes.doorkeeper import Door, Doorkeeper
 from orchestrator.runtimes.driver import Launch
+from orchestrator.runtimes.engine import Engine
 from orchestrator.runtimes.keeper import Keeper
 from orchestrator.runtimes.processes import Processes
 from orchestrator.scaling.manual import ManualState, running
@@ -59,6 +61,8 @@ class Settings:
     gateway_module: str = GATEWAY_MODULE
     gateway_url: str | None = None
     """A gateway that somebody else keeps running; None: we keep one ourselves, as a process."""
+    engine: EngineOptions | None = None
+    """Replicas are containers of this engine; None: processes of this machine."""
     prometheus_url: str | None = None
     """Server to observe through; None: every source is scraped directly."""
 
@@ -103,6 +107,8 @@ class Orchestrator:
             # Before any replica is started: a port that is taken must leave nothing behind.
             await self._gateway.open()
             loop = asyncio.create_task(self._runner.run())
+            if update is None and self._runtime.has_news:
+                update = self._plan.loaded
             if update is not None:
                 self._update_at_start(update, limit_s)
             await self._end.wait()
@@ -179,7 +185,7 @@ class Orchestrator:
         if self._rolling is not None and not self._rolling.done():
             raise Conflict("an update is under way; wait until it has ended (espalier status)")
         new = plans.make(testbeds.parse(text, name), self._settings.models_dir)
-        rollout = Rollout(self._plan, new, take=self._take, look=self._standing)
+        rollout = Rollout(self._plan, new, take=self._take, look=self._standing, revert=self._runtime.revert)
         policy = rollout.both.policy()
         policy.place(policy.wanted(self._orders.targets), self._placed())
         self._rollout = rollout
@@ -199,6 +205,7 @@ class Orchestrator:
         await rollout.run(limit_s)
         if rollout.progress.state == "done":
             self._state.keep_testbed(text)
+            self._runtime.keep()
         log.info("update: %s %s", rollout.progress.state, rollout.progress.reason)
 
     def _take(self, plan: Plan) -> None:
@@ -242,6 +249,7 @@ class Orchestrator:
             "testbed": self._testbed.name,
             "sha256": self._plan.loaded.sha256,
             "ready": gateway_ready and all(s["states"]["ready"] >= s["wanted"]["ready"] for s in services.values()),
+            "problem": self._runtime.problem,
             "uptime_s": round(time.monotonic() - self._began, 3),
             "version": self._publisher.current.version,
             "gateway": None if gateway is None else {"url": gateway.url, "state": gateway.state, "pid": gateway.pid},
@@ -292,10 +300,14 @@ class Orchestrator:
 
     def _make_runtime(self) -> Keeper:
         control, settings = self._testbed.control, self._settings
+        environment = children.environment(ROOT)
+        driver = (
+            Engine(settings.engine, self._state.root)
+            if settings.engine is not None
+            else Processes(models_dir=settings.models_dir, module=settings.stage_module, environment=environment)
+        )
         return Keeper(
-            driver=Processes(
-                models_dir=settings.models_dir, module=settings.stage_module, environment=children.environment(ROOT)
-            ),
+            driver=driver,
             state_dir=self._state.root,
             launches=self._launches(),
             services=self._services,

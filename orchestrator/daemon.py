@@ -29,6 +29,7 @@ from orchestrator import testbed as testbeds
 from orchestrator.control import GATEWAY_MODULE, STAGE_MODULE, Orchestrator, Settings
 from orchestrator.errors import EspalierError, SetupFailed
 from orchestrator.plan import Plan
+from orchestrator.runtimes.containers import EngineOptions
 from orchestrator.state_dir import Daemon, StateDir
 from orchestrator.testbed import Loaded
 
@@ -61,7 +62,7 @@ async def serve(arguments: argparse.Namespace) -> int:
     in_force = plan.loaded
     with _listen(arguments.host, arguments.port or given.testbed.control.port, before) as listener:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
-        orchestrator = Orchestrator(plan, state, _settings(arguments, url))
+        orchestrator = Orchestrator(plan, state, _settings(arguments, url, state.scope(given.testbed.name), given.testbed.name))
         this = psutil.Process()
         state.save_daemon(
             Daemon(
@@ -88,13 +89,24 @@ def _in_force(state: StateDir, models_dir: Path) -> Plan | None:
         return None
 
 
-def _settings(arguments: argparse.Namespace, control_url: str) -> Settings:
+def _settings(arguments: argparse.Namespace, control_url: str, scope: str, testbed: str) -> Settings:
+    models_dir = arguments.models_dir.resolve()
+    engine = EngineOptions(
+        scope=arguments.engine_project or scope,
+        testbed=testbed,
+        image=arguments.engine_image,
+        gpu_image=arguments.engine_gpu_image,
+        network=arguments.engine_network,
+        models=arguments.engine_models or str(models_dir),
+        project=arguments.engine_project,
+    )
     return Settings(
-        models_dir=arguments.models_dir.resolve(),
+        models_dir=models_dir,
         control_url=control_url,
         stage_module=arguments.stage_module,
         gateway_module=arguments.gateway_module,
         gateway_url=arguments.gateway,
+        engine=engine if arguments.runtime == "engine" else None,
         prometheus_url=arguments.prometheus,
     )
 

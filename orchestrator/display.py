@@ -46,6 +46,10 @@ def status(document: Mapping[str, Any]) -> RenderableType:
         f"cost {document['cost']['total']:.1f}",
         f"decision: {'-' if decision is None else decision['reason']}",
     ]
+    if document["problem"]:
+        lines.append(f"problem: {document['problem']}")
+    if document["update"]:
+        lines.append(f"update: {' '.join(filter(None, (document['update']['state'], document['update']['reason'])))}")
     if document["slots"]["failed"]:
         lines.append(f"{document['slots']['failed']} of {document['slots']['done']} slots failed; see the orchestrator's log")
     for name, service in document["services"].items():

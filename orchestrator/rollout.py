@@ -54,8 +54,23 @@ class Progress:
 class Rollout:
     """One update."""
 
-    def __init__(self, old: Plan, new: Plan, *, take: Callable[[Plan], None], look: Callable[[], Standing]) -> None:
-        """`take` puts a plan into force; `look` tells how far what runs is from it.
+    def __init__(
+        self,
+        old: Plan,
+        new: Plan,
+        *,
+        take: Callable[[Plan], None],
+        look: Callable[[], Standing],
+        revert: Callable[[], None],
+    ) -> None:
+        """Plan an update.
+
+        Args:
+            old: what is in force.
+            new: what is to be.
+            take: puts a plan into force.
+            look: tells how far what runs is from it.
+            revert: called before the old plan comes back into force.
 
         Raises:
             UsageError: the one plan cannot replace the other.
@@ -63,7 +78,7 @@ class Rollout:
         self._old, self._new = old, new
         self.both = plans.between(old, new)
         """The plan in force on the way."""
-        self._take, self._look = take, look
+        self._take, self._look, self._revert = take, look, revert
         self.progress = Progress("rolling", new.loaded.sha256)
 
     async def run(self, limit_s: float) -> None:
@@ -78,6 +93,7 @@ class Rollout:
             self._take(self._new)
             self._set("done")
             return
+        self._revert()
         self._take(self._old)
         self._set("returning", problem)
         late = await self._wait(RETURN_LIMIT_S)

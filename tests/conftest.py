@@ -11,13 +11,14 @@ import docker
 import pytest
 from hypothesis import settings
 
-from tests.engine import build_fake_stage, connect
+from tests.engine import build_fake_stage, connect, give_up
 
 # An example that takes long on a busy machine is no finding.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-MINILM = Path(__file__).parents[1] / "out" / "models" / "minilm"
+ROOT = Path(__file__).parents[1]
+MINILM = ROOT / "out" / "models" / "minilm"
 """Where `make demo` puts it too, so one export serves both."""
 
 
@@ -38,6 +39,18 @@ def engine() -> Iterator[docker.APIClient]:
     client = connect()
     yield client
     client.close()
+
+
+@pytest.fixture(scope="session")
+def images(engine: docker.APIClient) -> None:
+    """All images of docker-compose.yml, of the sources as they are. The first build takes minutes, so `make test` does it."""
+    command = ["docker", "compose", "--progress", "plain", "--profile", "load", "build"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    except subprocess.TimeoutExpired:
+        give_up(f"the images are not there yet: {' '.join(command)} (make test does it)")
+    if done.returncode:
+        give_up(f"the images cannot be built:\n{done.stderr[-2000:]}")
 
 
 @pytest.fixture(scope="session")

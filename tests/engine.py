@@ -22,7 +22,7 @@ import pytest
 FAKE_STAGE = Path(__file__).parent / "orchestrator" / "fake_stage.py"
 DOCKERFILE = """\
 FROM {base}
-LABEL espalier.test={note}
+LABEL espalier.image=stage espalier.test={note}
 COPY fake_stage.py /fake_stage.py
 ENTRYPOINT ["python3.11", "/fake_stage.py"]
 """

@@ -24,6 +24,10 @@ class Backoff:
     total: int = 0
     """How often it failed in all; never starts anew."""
 
+    def forgiven(self) -> Backoff:
+        """State after something has changed: the next start may well succeed."""
+        return Backoff(total=self.total)
+
     def after_failure(self, t: float, lived_s: float) -> Backoff:
         """State after a replica died at t, having been ready for `lived_s` seconds."""
         failures = 1 if lived_s >= SETTLED_S else self.failures + 1

@@ -93,11 +93,11 @@ def name_of(options: EngineOptions, replica: str) -> str:
     return f"{options.scope}-{replica}"
 
 
-def body(options: EngineOptions, record: Record, launch: Launch) -> dict[str, Any]:
-    """The body of `POST /containers/create` for one replica."""
+def body(options: EngineOptions, record: Record, launch: Launch, image: str) -> dict[str, Any]:
+    """The body of `POST /containers/create` for one replica, made from an image of this id."""
     marks = Marks(options.testbed, record.service, record.id, record.node, record.generation, record.specification)
     return {
-        "Image": options.image_for(launch),
+        "Image": image,
         "Cmd": [
             *("--model", f"{MODELS}/{launch.model}", *launch.options),
             *("--replica", record.id, "--node", record.node, "--host", "0.0.0.0", "--port", str(PORT)),

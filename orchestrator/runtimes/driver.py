@@ -118,8 +118,18 @@ class Driver(Protocol):
     async def discard(self, replica: str, output: Path, *, unasked: bool) -> None:
         """Clear away what remains of a replica that has ended; `unasked`: nobody had told it to."""
 
+    @property
+    def has_news(self) -> bool:
+        """Whether replicas could be started from something newer than what they are started from."""
+
     async def refresh(self) -> None:
-        """Look again at what replicas are started from."""
+        """Start replicas from the newest there is, from now on."""
+
+    def revert(self) -> None:
+        """Start them from what was used before the last `refresh` again."""
+
+    def keep(self) -> None:
+        """What the last `refresh` found is good: a successor starts from it too."""
 
     async def close(self) -> None:
         """Let go of everything; replicas go on."""

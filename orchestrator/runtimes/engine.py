@@ -19,6 +19,7 @@ from orchestrator.runtimes import containers
 from orchestrator.runtimes.containers import EngineOptions, Marks, Seen
 from orchestrator.runtimes.driver import Handle, Launch, Listener, StartFailed, Unreachable
 from orchestrator.runtimes.engine_api import OLDEST_API, EngineApi, Event, Refused, version_key
+from orchestrator.runtimes.pins import Pins
 from orchestrator.runtimes.records import SHORT_ID, Record
 
 log = logging.getLogger(__name__)
@@ -79,13 +80,13 @@ class Container:
 class Engine:
     """Driver over one Docker engine; see `driver.Driver`."""
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, state_dir: Path) -> None:
         self._options = options
+        self._pins = Pins(state_dir / "images.json")
         self._api = EngineApi(options.url)
         self._label = f"{containers.SCOPE}={options.scope}"
+        self._has_news = False
         self._listener: Listener | None = None
-        self._images: dict[str, str] = {}
-        """name -> id."""
         self._containers: dict[str, Container] = {}
         """By id; from their creation until nothing remains of them."""
         self._creating: set[str] = set()
@@ -100,8 +101,7 @@ class Engine:
 
     def specification(self, launch: Launch) -> str:
         """See `Driver`: the id of the image and everything in the container's description that replicas share."""
-        image = self._images.get(self._options.image_for(launch), "")
-        return launch.specification(image, containers.body(self._options, BLANK, launch))
+        return launch.specification(containers.body(self._options, BLANK, launch, self._image(launch) or ""))
 
     # --- beginning and end -------------------------------------------------------------------------------------------------
 
@@ -136,14 +136,27 @@ class Engine:
             await asyncio.gather(self._watching, return_exceptions=True)
         self._api.close()
 
+    @property
+    def has_news(self) -> bool:
+        """See `Driver`: a name stood for another image than the pinned one, when it was looked at."""
+        return self._has_news
+
     async def refresh(self) -> None:
-        """See `Driver`: a name may stand for another image by now."""
-        before = dict(self._images)
-        for name in before:
+        """See `Driver`: use what the names of the images stand for now."""
+        for name in (self._options.image, self._options.gpu_image):
             with contextlib.suppress(Refused, Unreachable):
-                await self._image(name)
-        if before != self._images and self._listener is not None:
-            self._listener.changed()
+                if (image := await self._api.image(name)) is not None:
+                    self._pins.try_out(name, image)
+        self._changed()
+
+    def revert(self) -> None:
+        """See `Driver`: back to the images before."""
+        self._pins.give_up()
+        self._changed()
+
+    def keep(self) -> None:
+        """See `Driver`."""
+        self._pins.keep()
 
     async def _check(self) -> None:
         options = self._options
@@ -153,10 +166,9 @@ class Engine:
                 f"the engine at {self._api.url} speaks version {version} of its API, and {OLDEST_API} is needed: "
                 "install Docker Engine 20.10 or later"
             )
-        if await self._image(options.image) is None:
-            raise SetupFailed(_no_image(options.image))
-        with contextlib.suppress(Refused):  # only services that ask for GPUs need it; their starts will tell
-            await self._image(options.gpu_image)
+        await self._pin(options.image)
+        with contextlib.suppress(Refused, SetupFailed):  # only services that ask for GPUs need it; their starts will tell
+            await self._pin(options.gpu_image)
         if not await self._unless_hidden(self._api.has_network(options.network)):
             raise SetupFailed(
                 f"there is no network {options.network} on this engine: docker compose up makes it, or "
@@ -176,11 +188,20 @@ class Engine:
                 return True
             raise
 
-    async def _image(self, name: str) -> str | None:
-        image = await self._api.image(name)
-        if image is not None:
-            self._images[name] = image
-        return image
+    async def _pin(self, name: str) -> None:
+        """Find the image to use for a name: the pinned one where the engine still has it, else what the name stands for."""
+        pinned = self._pins.image(name)
+        there = pinned is not None and await self._unless_hidden(self._api.has_image(pinned))
+        current = await self._api.image(name)
+        if current is None and not there:
+            raise SetupFailed(_no_image(name))
+        if current is not None and not there:
+            self._pins.set(name, current)
+        elif current is not None:
+            self._has_news = self._has_news or self._pins.is_news(name, current)
+
+    def _image(self, launch: Launch) -> str | None:
+        return self._pins.image(self._options.image_for(launch))
 
     async def _take_up(self, seen: Seen, marks: Marks) -> tuple[Record, Handle]:
         document = await self._api.inspect(seen.id)
@@ -199,11 +220,11 @@ class Engine:
         try:
             async with self._starts:
                 _begin_log(output)
-                image = self._options.image_for(launch)
-                if await self._asked(self._image(image)) is None:
-                    raise StartFailed(_no_image(image))
+                image = self._image(launch)
+                if image is None:
+                    raise StartFailed(_no_image(self._options.image_for(launch)))
                 record = record.model_copy(update={"specification": self.specification(launch)})
-                container = await self._asked(self._api.create(name, containers.body(self._options, record, launch)))
+                container = await self._asked(self._api.create(name, containers.body(self._options, record, launch, image)))
                 handle = self._register(container, record.id, "")
                 handle.url = await self._run(handle)
         except (Refused, OSError) as error:
@@ -365,7 +386,6 @@ class Engine:
             self.problem = None
             self._answers.set()
             log.warning("the engine at %s answers again", self._api.url)
-            await self.refresh()
             self._changed()
 
     def _changed(self) -> None:

@@ -76,6 +76,10 @@ class EngineApi:
         document = await self._unless_missing(lambda: self._client.inspect_image(name))
         return None if document is None else str(document["Id"])
 
+    async def has_image(self, image: str) -> bool:
+        """Whether the engine has an image."""
+        return await self.image(image) is not None
+
     async def has_network(self, name: str) -> bool:
         """Whether there is such a network."""
         return await self._unless_missing(lambda: self._client.inspect_network(name)) is not None

@@ -135,12 +135,28 @@ class Keeper:
         self._launches = dict(launches)
         self._services = self._services if services is None else services
         self._nodes = self._nodes if nodes is None else nodes
-        self._background(self.refresh())
+        # Whatever failed to start before may start now.
+        self._backoffs = {place: backoff.forgiven() for place, backoff in self._backoffs.items()}
         self.changed()
 
+    # What replicas are started from, beside their launches: see `driver.Driver`.
+
+    @property
+    def has_news(self) -> bool:
+        """Whether replicas could be started from something newer."""
+        return self._driver.has_news
+
     async def refresh(self) -> None:
-        """Look again at what replicas are started from; from then on, `replicas` says which ones are outdated by it."""
+        """Use the newest; from then on, `replicas` says which ones are outdated by it."""
         await self._driver.refresh()
+
+    def revert(self) -> None:
+        """Use what was used before."""
+        self._driver.revert()
+
+    def keep(self) -> None:
+        """Go on using it."""
+        self._driver.keep()
 
     # --- what a status shows ----------------------------------------------------------------------------------------------
 

@@ -64,8 +64,17 @@ class Processes:
     async def discard(self, replica: str, output: Path, *, unasked: bool) -> None:
         """See `Driver`; nothing remains of a process but its log."""
 
+    has_news = False
+    """The program is what it is."""
+
     async def refresh(self) -> None:
-        """See `Driver`; the program is what it is."""
+        """See `Driver`."""
+
+    def revert(self) -> None:
+        """See `Driver`."""
+
+    def keep(self) -> None:
+        """See `Driver`."""
 
     async def close(self) -> None:
         """See `Driver`; there is nothing to let go of."""

@@ -25,11 +25,14 @@ class Testbed:
             plans.make(load(text), home / "models") for text in (TESTBED, TESTBED.replace("replicas: 2", "replicas: 3"))
         )
         self.taken: list[Plan] = []
-        self.looks = 0
+        self.looks = self.reverted = 0
         self._look = look
 
     def rollout(self) -> Rollout:
-        return Rollout(self.old, self.new, take=self.taken.append, look=self.look)
+        return Rollout(self.old, self.new, take=self.taken.append, look=self.look, revert=self.revert)
+
+    def revert(self) -> None:
+        self.reverted += 1
 
     def look(self) -> Standing:
         self.looks += 1
@@ -47,6 +50,7 @@ async def test_an_update_ends_with_the_new_plan_once_all_is_settled(tmp_path: Pa
     assert update.progress.state == "rolling"
     await update.run(limit_s=60)
     assert testbed.taken == [update.both, testbed.new]
+    assert testbed.reverted == 0
     assert (update.progress.state, update.progress.sha256) == ("done", testbed.new.loaded.sha256)
 
 
@@ -61,6 +65,7 @@ async def test_a_replica_that_fails_again_and_again_brings_the_old_plan_back(tmp
     await update.run(limit_s=60)
     assert testbed.taken == [update.both, testbed.old]
     assert update.progress.state == "rolled_back"
+    assert testbed.reverted == 1
     assert update.progress.reason == "encode on edge-1 failed 3 times in a row"
 
 

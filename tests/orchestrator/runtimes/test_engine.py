@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ class Nobody:
         """Not here."""
 
 
-async def opened(containers: EngineKind, **changes: Any) -> None:
-    driver = Engine(replace(containers.options, **changes))
+async def opened(containers: EngineKind, state_dir: Path, **changes: Any) -> None:
+    driver = Engine(replace(containers.options, **changes), state_dir)
     await driver.open(Nobody())
     await driver.close()
 
@@ -183,10 +184,10 @@ async def test_what_turns_up_under_our_label_while_we_watch_is_removed(container
     ],
 )
 async def test_what_is_missing_is_said_before_anything_is_started(
-    containers: EngineKind, changes: dict[str, str], said: str
+    containers: EngineKind, tmp_path: Path, changes: dict[str, str], said: str
 ) -> None:
     with pytest.raises(SetupFailed, match=said):
-        await opened(containers, **changes)
+        await opened(containers, tmp_path, **changes)
 
 
 async def test_a_gpu_image_is_missed_only_by_who_needs_it(containers: EngineKind, tmp_path: Path) -> None:
@@ -275,27 +276,68 @@ async def test_a_new_address_is_published(containers: EngineKind, tmp_path: Path
             containers.engine.remove_container(in_the_way, force=True)
 
 
-async def test_a_rebuilt_image_replaces_replicas_one_at_a_time(containers: EngineKind, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def rebuilt(containers: EngineKind) -> Iterator[Callable[[str], str]]:
+    """A tag of the test's own in the options, and what builds another image under it; all are removed at the end."""
     tag = f"espalier-test/{containers.options.scope}:1"
-    first = build_fake_stage(containers.engine, tag, "first")
-    containers.options = replace(containers.options, image=tag)
+    containers.options = replace(containers.options, image=tag, gpu_image=tag)
+    made: list[str] = []
+
+    def build(note: str) -> str:
+        made.append(build_fake_stage(containers.engine, tag, note))
+        return made[-1]
+
     try:
+        yield build
+    finally:
+        containers.remove_all()
+        for image in made:
+            containers.engine.remove_image(image, force=True)
+
+
+def images_of(containers: EngineKind, kept: Keeper) -> set[Any]:
+    return {containers.inspect(kept, r.id)["Image"] for r in kept.replicas()}
+
+
+async def test_a_rebuilt_image_replaces_replicas_one_at_a_time(containers: EngineKind, tmp_path: Path) -> None:
+    with rebuilt(containers) as build:
+        build("first")
         async with running(containers, tmp_path) as (kept, board):
             kept.apply(pool({"a": 1, "b": 1}))
             old = {r.id for r in await board.until(lambda s: len(s["ready"]) == 2)}
             since = len(board.history)
-            second = build_fake_stage(containers.engine, tag, "second")
+            second = build("second")
+            assert [r.outdated for r in kept.replicas()] == [False, False], "that it was built changes nothing by itself"
             await kept.refresh()
             assert [r.outdated for r in kept.replicas()] == [True, True]
             await board.until(lambda s: {i for ids in s.values() for i in ids}.isdisjoint(old) and len(s["ready"]) == 2)
             assert all(len(by_state(replicas)["ready"]) >= 2 for _, replicas in board.history[since:])
             assert max(len(by_state(replicas)["draining"]) for _, replicas in board.history[since:]) == 1
-            images: set[Any] = {containers.inspect(kept, r.id)["Image"] for r in kept.replicas()}
-            assert images == {second}
-    finally:
-        containers.remove_all()
-        containers.engine.remove_image(first, force=True)
-        containers.engine.remove_image(tag, force=True)
+            assert images_of(containers, kept) == {second}
+
+
+async def test_an_image_that_is_given_up_is_replaced_by_the_one_before(containers: EngineKind, tmp_path: Path) -> None:
+    with rebuilt(containers) as build:
+        first = build("first")
+        async with left_running(containers, tmp_path, pool({"a": 1})):
+            board = Noticeboard()
+            kept = keeper(containers, tmp_path, board)
+            await kept.adopt()
+            kept.apply(pool({"a": 1}))
+            assert not kept.has_news
+            build("second")
+            await kept.refresh()
+            await board.until(lambda s: s["ready"] == ["pool-2"] and not s["draining"])
+            kept.revert()
+            await board.until(lambda s: s["ready"] == ["pool-3"] and not s["draining"])
+            assert images_of(containers, kept) == {first}, "by its id, for its name is another's now"
+            await kept.leave()
+        async with running(containers, tmp_path) as (again, _):
+            assert not again.has_news, "what was given up is not tried again"
+            assert not any(r.outdated for r in again.replicas())
+        build("third")
+        async with running(containers, tmp_path) as (later, _):
+            assert later.has_news
 
 
 async def test_all_it_asks_for_passes_the_socket_proxy(

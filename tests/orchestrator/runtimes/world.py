@@ -91,7 +91,7 @@ class Kind(Protocol):
     unrouted_s: float
     """A replica that died is out of the routes within this time: told by an event, not found by looking [s]."""
 
-    def driver(self) -> Driver:
+    def driver(self, state_dir: Path) -> Driver:
         """A new one, over the same machine."""
 
     def kill(self, keeper: Keeper, replica: str) -> None:
@@ -107,7 +107,7 @@ class Kind(Protocol):
 class ProcessesKind:
     unrouted_s = 0.2
 
-    def driver(self) -> Driver:
+    def driver(self, state_dir: Path) -> Driver:
         return Processes(models_dir=ROOT, module="tests.orchestrator.fake_stage", environment=children.environment(ROOT))
 
     def kill(self, keeper: Keeper, replica: str) -> None:
@@ -142,8 +142,8 @@ class EngineKind:
             network=self.network, models=self.models,
         )  # fmt: skip
 
-    def driver(self) -> Driver:
-        return Engine(self.options)
+    def driver(self, state_dir: Path) -> Driver:
+        return Engine(self.options, state_dir)
 
     def kill(self, keeper: Keeper, replica: str) -> None:
         self.engine.kill(keeper.runs_as(replica)["container"], signal="SIGKILL")
@@ -173,7 +173,7 @@ class EngineKind:
 
 def keeper(kind: Kind, tmp_path: Path, board: Noticeboard, how: Launch | None = None, timeout_s: float = 20.0) -> Keeper:
     return Keeper(
-        driver=kind.driver(), state_dir=tmp_path, launches={"pool": how or launch()}, services={"pool": SERVICE},
+        driver=kind.driver(tmp_path), state_dir=tmp_path, launches={"pool": how or launch()}, services={"pool": SERVICE},
         nodes=NODES, routing=board, start_timeout_s=timeout_s,
     )  # fmt: skip
 

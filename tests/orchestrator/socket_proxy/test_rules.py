@@ -149,7 +149,7 @@ def test_what_the_runtime_makes_passes(gpus: int) -> None:
         gpus=gpus,
     )
     record = Record(id="encode-1", kind="stage", service="encode", node="core-a", specification=launch.specification())
-    body = containers.body(options, record, launch)
+    body = containers.body(options, record, launch, IMAGE_ID)
     call = judge(
         POLICY,
         "POST",
