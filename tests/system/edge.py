@@ -75,6 +75,8 @@ class Edge(Served):
     models: Path
     runtime: str = "processes"
     testbed: Path = TESTBED
+    options: tuple[str, ...] = ()
+    """Further ones of `espalier up`."""
     state: StateDir = field(init=False)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -98,7 +100,12 @@ class Edge(Served):
 
     def up(self, testbed: Path | None = None) -> None:
         """Start everything, find everything running, or go over to another version of the testbed's file."""
-        self.espalier("up", str(testbed or self.testbed), "--models-dir", str(self.models), "--runtime", self.runtime)
+        self.espalier("up", *self.as_given(testbed))
+
+    def as_given(self, testbed: Path | None = None) -> list[str]:
+        """Arguments of `up`."""
+        places = [str(testbed or self.testbed), "--models-dir", str(self.models)]
+        return [*places, "--runtime", self.runtime, *self.options]
 
     def status(self) -> dict[str, Any]:
         """What `espalier status` knows."""
@@ -111,9 +118,13 @@ class Edge(Served):
         for service, count in replicas.items():
             if self.status()["services"][service]["wanted"]["ready"] != count:
                 self.espalier("scale", service, str(count))
-        until(lambda: all(service["settled"] for service in self.status()["services"].values()), "everything is as wanted")
+        self.settle()
         version = self.status()["version"]
         until(lambda: self.gauge("espalier_gateway_routes_version") == version, "the gateway knows it")
+
+    def settle(self) -> None:
+        """Wait until everything is as wanted, standbys too."""
+        until(lambda: all(service["settled"] for service in self.status()["services"].values()), "everything is as wanted")
 
     # --- what runs --------------------------------------------------------------------------------------------------------
 

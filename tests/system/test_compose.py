@@ -127,7 +127,7 @@ def test_without_prometheus_control_goes_on(project: Composed, tmp_path: Path) -
 def test_the_orchestrator_can_start_stages_and_nothing_else(project: Composed) -> None:
     asks = (
         "import docker, sys\n"
-        "api = docker.APIClient(version='1.41')\n"
+        "api = docker.APIClient('tcp://socket-proxy:2375', version='1.41')\n"
         "for name, call in {\n"
         "    'bind': lambda: api.create_container('x', host_config=api.create_host_config(binds=['/:/host'])),\n"
         "    'images': lambda: api.images(),\n"

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from tests.system.composed import TESTBED
-from tests.system.edge import Edge, running, until
+from tests.system.edge import Edge, running
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "fixtures" / "minilm_reference.json").read_text())
 
@@ -20,7 +20,7 @@ def test_processes_and_containers_are_placed_alike_and_give_the_same_answers(
     found = {}
     for runtime in ("processes", "engine"):
         with running(Edge(tmp_path / runtime, minilm.parent, runtime, TESTBED)) as edge:
-            until(lambda: all(service["settled"] for service in edge.status()["services"].values()), "all is there", 60)
+            edge.settle()
             found[runtime] = placement(edge), [answer(edge, text) for text in REFERENCE["texts"]]
     assert found["processes"] == found["engine"]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tests.system.edge import Edge
+from tests.system.composed import TESTBED as COMPOSED
+from tests.system.edge import Edge, running
+from tests.system.engine import docker
 
 
 def version(edge: Edge, directory: Path, *changes: tuple[str, str]) -> Path:
@@ -46,13 +48,42 @@ def test_an_update_that_does_not_come_up_is_rolled_back(edge: Edge, tmp_path: Pa
     )
     with edge.load(tmp_path, 30, 8) as load:
         load.wait_for(20)
-        said = edge.refused("up", str(spoilt), "--models-dir", str(edge.models), "--runtime", edge.runtime)
+        said = edge.refused("up", *edge.as_given(spoilt))
         ran = load.finish()
     assert "rolled back: tokenise on edge-" in said
     assert "failed 3 times in a row" in said
     ran.check_every_task_ended_once(load.tasks)
     assert ran.unanswered == []
     assert edge.pids() == before, "nothing that worked was touched"
+
+
+def test_a_rebuilt_image_is_taken_up_or_taken_back(images: None, minilm: Path, tmp_path: Path) -> None:
+    tag = f"espalier-test/{tmp_path.name.lower()}:1"
+    docker("tag", "espalier/stage:0.1.0", tag)
+    edge = Edge(tmp_path, minilm.parent, "engine", COMPOSED, ("--engine-image", tag))
+    try:
+        with running(edge):
+            edge.settle()
+            first = edge.pids()
+            rebuild(tmp_path, tag, 'ENTRYPOINT ["false"]')
+            with edge.load(tmp_path, 20, 8) as load:
+                load.wait_for(20)
+                assert "rolled back" in edge.refused("up", *edge.as_given())
+                ran = load.finish()
+            assert ran.unanswered == []
+            assert edge.pids() == first, "nothing that worked was touched"
+            rebuild(tmp_path, tag, "ENV REBUILT=1")
+            edge.up()
+            edge.settle()
+            assert first.keys() & edge.pids().keys() == {"gateway"}, "all replicas are new"
+    finally:
+        docker("rmi", "--force", tag)
+
+
+def rebuild(directory: Path, tag: str, line: str) -> None:
+    """Another image under the tag, made from the real one."""
+    (directory / "Dockerfile").write_text(f"FROM espalier/stage:0.1.0\n{line}\n")
+    docker("build", "--quiet", "--tag", tag, "--file", str(directory / "Dockerfile"), str(directory))
 
 
 def spoil(models: Path) -> None:
