@@ -14,11 +14,13 @@ READY   := $(VENV)/.ready
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(READY): pyproject.toml $(PINS)/dev.txt $(PINS)/torch.txt
+$(READY): pyproject.toml $(PINS)/dev.txt $(PINS)/torch.txt $(PINS)/torch-cuda.txt
 	@command -v $(PYTHON) > /dev/null || { echo "Espalier needs Python 3.11: install it, or say PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps --require-hashes -r $(PINS)/dev.txt -r $(PINS)/torch.txt || \
-	  { echo "The pinned packages could not be installed. If it was torch: docs/install.md says where its CPU build comes from."; exit 3; }
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r $(PINS)/dev.txt
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r $(PINS)/torch.txt || \
+	  { echo "Torch's CPU build was not found (docs/install.md says where to get it); taking the one with gigabytes of CUDA."; \
+	    $(BIN)/pip install --quiet --no-deps --require-hashes -r $(PINS)/torch-cuda.txt; }
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

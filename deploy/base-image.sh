@@ -120,7 +120,8 @@ fetch_wheel() {
     $pip --version > /dev/null 2>&1 || continue
     say "fetching torch's pinned wheel into $WHEELS"
     $pip download --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: --python-version 3.11 \
-      -d "$WHEELS" -r "$TORCH" || stop 3 "pip did not find torch's pinned CPU build: see docs/install.md, 'The torch pin'"
+      -d "$WHEELS" -r "$TORCH" || say "pip did not find torch's pinned CPU build, so the models image will take the build with CUDA:" \
+      "see docs/install.md, 'The torch pin'"
     return
   done
   stop 2 "no pip was found: install python3-pip, or make .venv (make check does), then run this again"

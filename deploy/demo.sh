@@ -6,14 +6,14 @@ cd "$(dirname "$0")/.."
 testbed=deploy/testbeds/demo.yaml
 report=out/demo/report.json
 
-build() { docker compose --profile load build --quiet; }
+build() { docker compose --progress quiet --profile load build; }
 
 in_containers() {
   # A project of its own, so that a system that is up already is not taken for the demo's.
   export COMPOSE_PROJECT_NAME=espalier-demo ESPALIER_BIND=127.0.0.1
   mkdir -p out/demo
   trap 'docker compose --progress quiet down' EXIT
-  docker compose up --detach --quiet-pull
+  docker compose --progress quiet up --detach --quiet-pull
   # As the caller, so that the report is the caller's file.
   docker compose --profile load run --rm --no-deps --user "$(id -u):$(id -g)" --volume "$PWD/out/demo:/out" loadgen \
     espalier bench /etc/espalier/testbed.yaml --url http://orchestrator:8090 --wait 120 --report /out/report.json

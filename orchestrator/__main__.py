@@ -251,7 +251,9 @@ def down(name: str, state_dir: Path | None) -> None:
     state = StateDir(state_dir or STATES / name)
     swept = lifecycle.take_down(state)
     what = name if state_dir is None else state_dir
-    click.echo(f"{what} is down" + (f"; {swept} processes without an orchestrator were stopped" if swept else ""), err=True)
+    click.echo(
+        f"{what} is down" + (f"; {swept} replicas and gateways without an orchestrator were stopped" if swept else ""), err=True
+    )
 
 
 @main.command()

@@ -34,6 +34,7 @@ from orchestrator.runtimes.doorkeeper import Door, Doorkeeper
 from orchestrator.runtimes.driver import Launch
 from orchestrator.runtimes.engine import Engine
 from orchestrator.runtimes.keeper import Keeper
+from orchestrator.runtimes.pins import Pins
 from orchestrator.runtimes.processes import Processes
 from orchestrator.scaling.manual import ManualState, running
 from orchestrator.state_dir import StateDir
@@ -302,7 +303,7 @@ class Orchestrator:
         control, settings = self._testbed.control, self._settings
         environment = children.environment(ROOT)
         driver = (
-            Engine(settings.engine, self._state.root)
+            Engine(settings.engine, Pins(self._state.images))
             if settings.engine is not None
             else Processes(models_dir=settings.models_dir, module=settings.stage_module, environment=environment)
         )

@@ -42,7 +42,8 @@ def _version(package: str) -> str | None:
 
 def _providers() -> list[str]:
     """Asked in a process of its own: onnxruntime has its one door in services/stage."""
-    answer = subprocess.run([sys.executable, "-c", PROVIDERS], capture_output=True, text=True, check=False)
+    quiet = {**os.environ, "ORT_DISABLE_TELEMETRY": "1"}
+    answer = subprocess.run([sys.executable, "-c", PROVIDERS], capture_output=True, text=True, check=False, env=quiet)
     found: list[str] = json.loads(answer.stdout) if answer.returncode == 0 else []
     return found
 

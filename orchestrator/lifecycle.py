@@ -15,7 +15,9 @@ from typing import Any
 from orchestrator.client import Client, connect
 from orchestrator.errors import RunFailed, SetupFailed
 from orchestrator.runtimes import child as children
+from orchestrator.runtimes import engine
 from orchestrator.runtimes.child import Identity
+from orchestrator.runtimes.driver import Unreachable
 from orchestrator.runtimes.records import Records
 from orchestrator.state_dir import Daemon, StateDir
 from orchestrator.testbed import Loaded
@@ -24,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 """Where the package lies; put on the path of what we start, so that it can be started from any directory."""
 POLL_S = 0.05
 STOP_LIMIT_S = 60.0
+SWEEP_GRACE_S = 10.0
+"""What an orchestrator left behind may finish what it has [s]."""
 LOG_TAIL_LINES = 8
 
 
@@ -118,10 +122,10 @@ def _updated(status: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_down(state: StateDir) -> int:
-    """Drain and stop everything that runs in a state directory; returns how many processes had to be swept up.
+    """Drain and stop everything that runs in a state directory; returns how many replicas and gateways had to be swept up.
 
     Raises:
-        RunFailed: the orchestrator did not end in time.
+        RunFailed: the orchestrator did not end in time, or its containers cannot be reached.
     """
     daemon = state.read_daemon()
     if daemon is not None and daemon.is_alive():
@@ -129,7 +133,7 @@ def take_down(state: StateDir) -> int:
             client.shut_down()
         _wait_for_end(daemon, STOP_LIMIT_S)
     # Whatever an orchestrator that died left behind.
-    swept = asyncio.run(_sweep(state))
+    swept = asyncio.run(_sweep(state, daemon.testbed if daemon is not None else None))
     state.clear()
     return swept
 
@@ -173,14 +177,20 @@ def _wait_for_end(daemon: Daemon, limit_s: float) -> None:
         time.sleep(POLL_S)
 
 
-async def _sweep(state: StateDir) -> int:
+async def _sweep(state: StateDir, testbed: str | None) -> int:
+    replicas, gateways = Records(state.root / "replicas"), Records(state.root / "gateways")
     found = [
         (records, record, child)
-        for records in (Records(state.root / "gateways"), Records(state.root / "replicas"))
+        for records in (gateways, replicas)
         for record in records.all()
         if record.identity is not None and (child := children.adopt(record.identity)) is not None
     ]
-    await asyncio.gather(*(child.stop(10.0) for _, _, child in found))
+    await asyncio.gather(*(child.stop(SWEEP_GRACE_S) for _, _, child in found))
     for records, record, _ in found:
         records.forget(record.id)
-    return len(found)
+    if testbed is None or all(record.container is None for record in replicas.all()):
+        return len(found)
+    try:
+        return len(found) + await engine.sweep(state.scope(testbed), SWEEP_GRACE_S)
+    except Unreachable as error:
+        raise RunFailed(f"{error}; its containers are still there: say espalier down again when it does") from None

@@ -8,6 +8,7 @@ In it lie
     replicas/ gateways/ a record per process (`runtimes.records`)
     logs/               output of every process
     routes.json         the routes published last; gateway-1.routes.json is the gateway's own copy
+    images.json         the images that containers are made from (`runtimes.pins`)
     orders.json         what the operator ordered
     decisions.jsonl     the decision log
 
@@ -82,6 +83,11 @@ class StateDir:
         return self.root / "gateway-1.routes.json"
 
     @property
+    def images(self) -> Path:
+        """The images that containers are made from."""
+        return self.root / "images.json"
+
+    @property
     def orders(self) -> Path:
         """What the operator ordered."""
         return self.root / "orders.json"
@@ -112,7 +118,7 @@ class StateDir:
 
     def clear(self) -> None:
         """Forget a testbed that is down, but for its logs, its decisions and the version of its routes."""
-        for path in (self.daemon, self.testbed, self.orders, self.gateway_routes):
+        for path in (self.daemon, self.testbed, self.images, self.orders, self.gateway_routes):
             path.unlink(missing_ok=True)
         for directory in ("replicas", "gateways"):
             shutil.rmtree(self.root / directory, ignore_errors=True)

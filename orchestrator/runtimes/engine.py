@@ -29,6 +29,7 @@ LOOK_S = 2.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 """Between two tries to reach an engine that does not answer [s]."""
 STARTS_AT_ONCE = 4
+SWEEP_POLL_S = 0.1
 KEPT_LINES = 200
 """Lines of a container's output that are kept in its log file when it has ended."""
 TOLD_LINES = 20
@@ -80,9 +81,9 @@ class Container:
 class Engine:
     """Driver over one Docker engine; see `driver.Driver`."""
 
-    def __init__(self, options: EngineOptions, state_dir: Path) -> None:
+    def __init__(self, options: EngineOptions, pins: Pins) -> None:
         self._options = options
-        self._pins = Pins(state_dir / "images.json")
+        self._pins = pins
         self._api = EngineApi(options.url)
         self._label = f"{containers.SCOPE}={options.scope}"
         self._has_news = False
@@ -391,6 +392,38 @@ class Engine:
     def _changed(self) -> None:
         if self._listener is not None:
             self._listener.changed()
+
+
+async def sweep(scope: str, grace_s: float) -> int:
+    """Stop and remove every container of a scope whose orchestrator is gone; returns how many there were.
+
+    Raises:
+        Unreachable: the engine does not answer.
+    """
+    api, label = EngineApi(), f"{containers.SCOPE}={scope}"
+    try:
+        await api.connect()
+        found = {entry["Id"] for entry in await api.containers(label)}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await _all_over(api, label, "SIGTERM")
+        for container in found:
+            with contextlib.suppress(Refused):  # somebody else has removed it
+                await api.remove(container)
+        return len(found)
+    finally:
+        api.close()
+
+
+async def _all_over(api: EngineApi, label: str, signal: str) -> None:
+    """Send a signal to all containers with a label and wait until none of them runs."""
+    told: set[str] = set()
+    while running := {entry["Id"] for entry in await api.containers(label) if entry["State"] == "running"}:
+        for container in running - told:
+            with contextlib.suppress(Refused):  # it has ended in the meantime
+                await api.kill(container, signal)
+        told |= running
+        await asyncio.sleep(SWEEP_POLL_S)
 
 
 @contextlib.contextmanager

@@ -202,7 +202,7 @@ def test_down_sweeps_up_after_an_orchestrator_that_died(terminal: Terminal) -> N
     os.waitpid(daemon.pid, 0)
     result = terminal.run("down")
     assert result.exit_code == 0
-    assert f"{len(pids) + 1} processes without an orchestrator were stopped" in result.stderr
+    assert f"{len(pids) + 1} replicas and gateways without an orchestrator were stopped" in result.stderr
     assert not any(runs(pid) for pid in pids.values())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ def test_processes_and_containers_are_placed_alike_and_give_the_same_answers(
         with running(Edge(tmp_path / runtime, minilm.parent, runtime, TESTBED)) as edge:
             edge.settle()
             found[runtime] = placement(edge), [answer(edge, text) for text in REFERENCE["texts"]]
+            # What is left without its orchestrator goes down too.
+            daemon = edge.state.read_daemon()
+            assert daemon is not None
+            os.kill(daemon.pid, signal.SIGKILL)
     assert found["processes"] == found["engine"]
 
 

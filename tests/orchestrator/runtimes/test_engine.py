@@ -19,6 +19,7 @@ from orchestrator.errors import SetupFailed
 from orchestrator.runtimes.containers import SCOPE
 from orchestrator.runtimes.engine import Engine
 from orchestrator.runtimes.keeper import Keeper
+from orchestrator.runtimes.pins import Pins
 from orchestrator.runtimes.records import Records
 from orchestrator.socket_proxy.rules import Policy
 from tests.engine import build_fake_stage
@@ -50,7 +51,7 @@ class Nobody:
 
 
 async def opened(containers: EngineKind, state_dir: Path, **changes: Any) -> None:
-    driver = Engine(replace(containers.options, **changes), state_dir)
+    driver = Engine(replace(containers.options, **changes), Pins(state_dir / "images.json"))
     await driver.open(Nobody())
     await driver.close()
 

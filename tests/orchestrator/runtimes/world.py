@@ -25,6 +25,7 @@ from orchestrator.runtimes.containers import SCOPE, EngineOptions
 from orchestrator.runtimes.driver import Driver, Launch
 from orchestrator.runtimes.engine import Engine
 from orchestrator.runtimes.keeper import Keeper
+from orchestrator.runtimes.pins import Pins
 from orchestrator.runtimes.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -143,7 +144,7 @@ class EngineKind:
         )  # fmt: skip
 
     def driver(self, state_dir: Path) -> Driver:
-        return Engine(self.options, state_dir)
+        return Engine(self.options, Pins(state_dir / "images.json"))
 
     def kill(self, keeper: Keeper, replica: str) -> None:
         self.engine.kill(keeper.runs_as(replica)["container"], signal="SIGKILL")
