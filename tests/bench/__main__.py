@@ -3,6 +3,7 @@
 Keys of the report: `hop_overhead_s` {p50, p99} [s], the encoder being int8 as in the demo, and `hop_overhead_float32_s`
 likewise; `throughput_ratio` (split over one process); `gateway_rps_per_core` [requests per processor second of the gateway];
 `http_floor_s` [s]; `overload` {on_time_ratio, perfect_on_time_ratio, ...}; `start_s` [s]; `light_resident_bytes` by stage;
+`let_out_RUNTIME_s` and `cold_start_RUNTIME_s`, from order to gateway [s];
 `container_hop_ratio` (hop overhead in containers over that of processes; absent where there are no images); `machine`.
 What else stands there says how they came about.
 """
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.manifest import Precision
-from tests.bench import containers, gateway, hop, overload, start, throughput
+from tests.bench import containers, gateway, hop, letting_out, overload, start, throughput
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "out" / "models" / "minilm"
@@ -43,6 +44,7 @@ def main() -> int:
         ("gateway", gateway.measure),
         ("throughput", lambda: throughput.measure(MODEL)),
         ("overload", lambda: overload.measure(MODEL)),
+        ("letting out, processes", lambda: letting_out.measure(MODEL, "processes")),
         ("containers", lambda: in_containers(MODEL)),
     )
     for name, bench in benches:
@@ -65,7 +67,9 @@ async def hops(model: Path, precision: Precision) -> dict[str, Any]:
 
 async def in_containers(model: Path) -> dict[str, Any]:
     """Nothing where there is no engine with the images (`docker compose build`)."""
-    return await containers.measure(model) if containers.possible() else {}
+    if not containers.possible():
+        return {}
+    return await containers.measure(model) | await letting_out.measure(model, "engine")
 
 
 def _table(report: dict[str, Any]) -> Table:
@@ -89,6 +93,11 @@ def _table(report: dict[str, Any]) -> Table:
         ("start of a pipeline to its first answer", f"{report['start_s']:.2f} s", "≤ 5 s"),
         ("idle light stages, resident", f"{max(report['light_resident_bytes'].values()) / 2**20:.0f} MiB", "≤ 80 MiB"),
     ]
+    for runtime in ("processes", "engine"):
+        if f"let_out_{runtime}_s" in report:
+            let_out, cold = report[f"let_out_{runtime}_s"], report[f"cold_start_{runtime}_s"]
+            rows.append((f"a standby let out, {runtime}: order to gateway", f"{let_out * 1e3:.0f} ms", "≤ 300 ms"))
+            rows.append((f"a replica started from nothing, {runtime}", f"{cold:.2f} s", ""))
     if "container_hop_ratio" in report:
         rows.append(("hop overhead, containers / processes, p50", f"{report['container_hop_ratio']:.2f}", ""))
     for row in rows:

@@ -48,7 +48,9 @@ async def measure(model: Path, precision: Precision = "int8") -> dict[str, Any]:
         _containers(model, precision) as gateway,
         Transport() as transport,
     ):
-        urls = {"processes": processes.gateway, "containers": gateway}
+        urls = {
+            name: f"{door}/v2/models/embed/infer" for name, door in (("processes", processes.gateway), ("containers", gateway))
+        }
         for number in range(hop.WARM_UP + hop.BLOCKS):
             samples = texts(hop.BLOCK, seed=number)
             times = {name: await hop.block(samples, transport, url) for name, url in urls.items()}

@@ -43,6 +43,16 @@ def test_the_first_answers_are_right(project: Composed) -> None:
         np.testing.assert_allclose(embed(project, [text])[0], expected, atol=1e-4)
 
 
+def test_a_step_load_from_inside_the_network_is_answered(project: Composed) -> None:
+    command = ["espalier", "bench", "/etc/espalier/testbed.yaml", "--url", "http://orchestrator:8090", "--wait", "60"]
+    said = project.compose("--profile", "load", "run", "--rm", "-T", "loadgen", *command, "--warmup", "1", "-o", "json")
+    report = json.loads(said)
+    assert report["sent"] > 60
+    assert report["outcomes"]["on_time"] + report["outcomes"]["late"] == report["sent"], "nothing was lost"
+    assert report["cost"] > 0
+    assert set(report["stages"]) == {"tokenise", "encode", "pool"}
+
+
 def test_every_container_is_held_to_its_limits_and_has_no_rights(project: Composed) -> None:
     project.want(tokenise=1, encode=2, pool=2)
     for replica, container in project.replicas().items():
