@@ -36,6 +36,10 @@ START_LIMIT_S = 30.0
 """Who leaves waits this long for starts that are under way, so that a successor finds them [s]."""
 READY_ANSWER_S = 2.0
 """A loading replica may hold a question this long: its socket listens before it does [s]."""
+LIVE_PAUSE_S = 1.0
+"""Between two rounds of asking every loaded replica whether it is alive [s]."""
+SILENT_ROUNDS = 3
+"""A replica that answers nothing at all for so many rounds hangs, and is killed: with the time for each answer, 9 s."""
 ACKNOWLEDGE_S = 1.0
 """A drain waits this long for gateways to say that they have the routes without the replica [s]."""
 DISCARD_S = 10.0
@@ -67,6 +71,8 @@ class _Member:
     """None while it is being started."""
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when `handle` is there, and when there will never be one."""
+    silent_rounds: int = 0
+    """How often in a row it did not answer."""
 
 
 class Keeper:
@@ -191,6 +197,7 @@ class Keeper:
         for replica in known.keys() - self._members.keys():
             self._records.forget(replica)
         self._publish()
+        self._background(self._look_for_hung())
         return len(found)
 
     async def _remember(self, found: Record, known: Record | None) -> Record:
@@ -393,6 +400,25 @@ class Keeper:
         finally:
             ready.cancel()
             ended.cancel()
+
+    async def _look_for_hung(self) -> None:
+        """Until cancelled: a replica can stop answering without ending, and would keep its place in the routes for ever."""
+        while True:
+            await asyncio.sleep(LIVE_PAUSE_S)
+            if self.problem is None:
+                loaded = [member for member in self._members.values() if member.record.state in ("standby", "ready")]
+                await asyncio.gather(*(self._ask_if_alive(member) for member in loaded))
+
+    async def _ask_if_alive(self, member: _Member) -> None:
+        try:
+            # Whatever it answers, it lives.
+            await self._client.get(f"{member.record.url}/v2/health/live")
+            member.silent_rounds = 0
+        except httpx.TransportError:
+            member.silent_rounds += 1
+        if member.silent_rounds == SILENT_ROUNDS and member.handle is not None:
+            log.warning("%s: has not answered %d times in a row; killed", member.record.id, SILENT_ROUNDS)
+            self._background(member.handle.stop(0.5))
 
     async def _drain(self, member: _Member) -> None:
         """The state has been published as draining; see the gateways off, then let it finish and stop it."""

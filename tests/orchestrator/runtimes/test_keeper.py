@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from orchestrator.core import Placement
+from orchestrator.runtimes import keeper as keepers
 from orchestrator.runtimes.records import Records
 from tests.orchestrator.runtimes.world import (
     LIMIT_S,
@@ -73,6 +74,20 @@ async def test_a_dead_replica_is_unrouted_at_once_and_started_again(kind: Kind, 
         replicas = await board.until(lambda s: len(s["ready"]) == 2)
         assert first.id not in {r.id for r in replicas}, "a name is never used again"
         assert kept.backoffs()["pool", first.node].failures == 1
+
+
+async def test_a_replica_that_hangs_is_killed_and_started_again(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keepers, "READY_ANSWER_S", 0.3)
+    monkeypatch.setattr(keepers, "LIVE_PAUSE_S", 0.05)
+    async with running(kind, tmp_path) as (kept, board):
+        kept.apply(pool({"a": 1, "b": 1}))
+        first, second = await board.until(lambda s: len(s["ready"]) == 2)
+        await asyncio.to_thread(kind.hang, kept, first.id)
+        await board.until(lambda s: first.id not in {i for ids in s.values() for i in ids})
+        await board.until(lambda s: len(s["ready"]) == 2 and second.id in s["ready"])
+        assert kept.backoffs()["pool", first.node].total == 1
 
 
 async def test_a_standby_covers_for_a_dead_replica_before_another_is_started(kind: Kind, tmp_path: Path) -> None:

@@ -98,6 +98,9 @@ class Kind(Protocol):
     def kill(self, keeper: Keeper, replica: str) -> None:
         """End a replica as a crash would."""
 
+    def hang(self, keeper: Keeper, replica: str) -> None:
+        """Make a replica stop answering without ending."""
+
     def runs(self, running: dict[str, int | str]) -> bool:
         """Whether what `Keeper.runs_as` named runs."""
 
@@ -113,6 +116,9 @@ class ProcessesKind:
 
     def kill(self, keeper: Keeper, replica: str) -> None:
         os.kill(int(keeper.runs_as(replica)["pid"]), signal.SIGKILL)
+
+    def hang(self, keeper: Keeper, replica: str) -> None:
+        os.kill(int(keeper.runs_as(replica)["pid"]), signal.SIGSTOP)
 
     def runs(self, running: dict[str, int | str]) -> bool:
         try:
@@ -148,6 +154,9 @@ class EngineKind:
 
     def kill(self, keeper: Keeper, replica: str) -> None:
         self.engine.kill(keeper.runs_as(replica)["container"], signal="SIGKILL")
+
+    def hang(self, keeper: Keeper, replica: str) -> None:
+        self.engine.pause(keeper.runs_as(replica)["container"])
 
     def runs(self, running: dict[str, int | str]) -> bool:
         try:
