@@ -60,7 +60,9 @@ def run(testbed: Testbed, client: Client, options: Options) -> Result:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "report.json"
         before = client.status()["cost"]
-        exit_code = _run(command(testbed, options.gateway or status["gateway"]["url"], path, options))
+        argv = command(testbed, options.gateway or status["gateway"]["url"], path, options)
+        # As JSON, the one report on stdout is ours, which has the cost.
+        exit_code = _run(argv, subprocess.DEVNULL if options.as_json else None)
         after = client.status()["cost"]
         if not path.exists():
             return Result(exit_code or RunFailed.exit_code, None, {})
@@ -69,8 +71,8 @@ def run(testbed: Testbed, client: Client, options: Options) -> Result:
     return Result(exit_code, charge(report, sum(spent.values())), spent)
 
 
-def _run(argv: Sequence[str]) -> int:
-    with subprocess.Popen(argv) as process:
+def _run(argv: Sequence[str], stdout: int | None) -> int:
+    with subprocess.Popen(argv, stdout=stdout) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:
@@ -81,7 +83,7 @@ def _run(argv: Sequence[str]) -> int:
 def command(testbed: Testbed, url: str, report: Path, options: Options) -> list[str]:
     """Command line of the load generator."""
     argv = [sys.executable, "-m", "loadgen", url, "--report", str(report), "--seed", str(options.seed)]
-    argv += ["--warmup", f"{options.warmup_s:g}", "--output", "json" if options.as_json else "table"]
+    argv += ["--warmup", f"{options.warmup_s:g}"]
     for pipeline, arrivals in testbed.workload.items():
         argv += ["--pipeline", f"{pipeline}={arrivals}"]
     for option, value in (

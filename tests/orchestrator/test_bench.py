@@ -39,6 +39,6 @@ def test_the_load_generator_gets_the_workload_of_the_testbed() -> None:
     options = Options(warmup_s=2.0, seed=7, objective=0.95, duration_s=None, records=None, as_json=False)
     argv = bench.command(load().testbed, "http://gateway", Path("r.json"), options)
     assert argv[1:] == [
-        "-m", "loadgen", "http://gateway", "--report", "r.json", "--seed", "7", "--warmup", "2", "--output", "table",
+        "-m", "loadgen", "http://gateway", "--report", "r.json", "--seed", "7", "--warmup", "2",
         "--pipeline", "embed=poisson:20", "--objective", "0.95",
     ]  # fmt: skip
