@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 """Where the package lies; put on the path of what we start, so that it can be started from any directory."""
 POLL_S = 0.05
 STOP_LIMIT_S = 60.0
+ENDING_S = 2.0
+"""An orchestrator that does not answer any more may take this long to be gone [s]."""
 SWEEP_GRACE_S = 10.0
 """What an orchestrator left behind may finish what it has [s]."""
 LOG_TAIL_LINES = 8
@@ -73,15 +75,17 @@ def bring_up(
             return update(client, loaded, limit_s, show)
     process = _launch(start, state, fresh=daemon is None)
     with _connected(state, process, end) as client:
-        status = client.status()
-        if status["sha256"] != loaded.sha256 and status["update"] is None:
-            # It took up what was in force when its predecessor ended, and that was another file.
-            client.update(loaded.text, loaded.path, limit_s)
         try:
+            status = client.status()
+            if status["sha256"] != loaded.sha256 and status["update"] is None:
+                # It took up what was in force when its predecessor ended, and that was another file.
+                client.update(loaded.text, loaded.path, limit_s)
             for status in client.watch(max(0.0, end - time.monotonic()), _is_up):
                 show(status)
                 _check(process, state)
         except RunFailed as error:
+            # One that cannot be set up ends soon after it has answered for the first time; then its own words say why.
+            _wait_for_end_of(process)
             _check(process, state)
             raise SetupFailed(f"{error}; logs are in {state.root}; espalier down removes what runs") from None
     return _updated(status)
@@ -158,6 +162,13 @@ def _connected(state: StateDir, process: Identity, end: float) -> Client:
                 return client
         if time.monotonic() > end:
             raise SetupFailed(f"the orchestrator does not answer; its log: {state.log}")
+        time.sleep(POLL_S)
+
+
+def _wait_for_end_of(process: Identity) -> None:
+    """A moment for a process that is about to end."""
+    end = time.monotonic() + ENDING_S
+    while children.recognise(process) and time.monotonic() < end:
         time.sleep(POLL_S)
 
 
