@@ -25,10 +25,12 @@ from orchestrator import bench as benches
 from orchestrator import bundle as bundles
 from orchestrator import client as clients
 from orchestrator import display, facts, lifecycle, wiring
+from orchestrator import plan as plans
 from orchestrator import replay as replays
 from orchestrator import testbed as testbeds
 from orchestrator.errors import EspalierError, TestbedInvalid
 from orchestrator.runtimes import child as children
+from orchestrator.simulator import command as simulation
 from orchestrator.state_dir import StateDir
 
 DEFAULT_TESTBED = Path("deploy/testbeds/demo.yaml")
@@ -375,6 +377,73 @@ def info(output: str) -> None:
         click.echo(json.dumps(found, indent=2))
     else:
         display.console().print(display.pairs(found))
+
+
+# --- placement ------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@_testbed_file
+@_models_dir
+@click.option("--explain", "explained", is_flag=True, help="Say why, what is tight, and what the loss of each node leaves.")
+@click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan as JSON.")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A saved plan that runs now: moves are charged for.",
+)
+@click.option("--demand", "demands", metavar="PIPELINE=RATE", multiple=True, help="Tasks/s [default: the workload's means].")
+@click.option("--gamma", type=click.FloatRange(0, 1), help="Share of the load carried after any loss [default: 0.5].")
+@click.option("--kappa", type=click.IntRange(min=1), help="Least number of nodes of each core service [default: 2].")
+@click.option(
+    "--time-limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Of the solver [s]."
+)
+@_output
+def plan(
+    testbed: Path,
+    models_dir: Path,
+    explained: bool,
+    save: Path | None,
+    keep: Path | None,
+    demands: tuple[str, ...],
+    gamma: float | None,
+    kappa: int | None,
+    time_limit: float,
+    output: str,
+) -> None:
+    """Where the services of a testbed should run, by the integer program; exit 2 where nothing keeps every rule."""
+    from orchestrator.placement import planning  # noqa: PLC0415  the solver takes most of a second to import
+
+    asked = planning.Asked(demands, gamma, kappa, time_limit, keep)
+    found = planning.plan(testbeds.load(testbed), models_dir, asked)
+    if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        save.write_text(json.dumps(planning.document(found), indent=2) + "\n")
+    if output == "json":
+        click.echo(json.dumps(planning.document(found), indent=2))
+    else:
+        for line in planning.lines(found, explain=explained):
+            click.echo(line)
+
+
+# --- simulation -----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@_testbed_file
+@_models_dir
+@click.option("--policy", "names", multiple=True, default=["manual"], show_default=True, help="Who decides; once for each.")
+@click.option("--duration", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Simulated [s].")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each policy, by seeds 1 to N.")
+@_output
+def simulate(testbed: Path, models_dir: Path, names: tuple[str, ...], duration: float, seeds: int, output: str) -> None:
+    """Run the testbed's workload in virtual time, with the service times of its profiled models."""
+    made = plans.make(testbeds.load(testbed), models_dir)
+    rows = list(simulation.simulate(made, names, duration, seeds))
+    if output == "json":
+        click.echo(json.dumps(simulation.document(made, duration, rows), indent=2))
+    else:
+        display.console().print(simulation.table(rows))
 
 
 # --- decision logs and bundles --------------------------------------------------------------------------------------------

@@ -212,10 +212,8 @@ class _Amount:
 
     def share_of(self, node: Node) -> float:
         """The largest share of what the node has."""
-        no_gpus = math.inf if self.gpus else 0.0
-        return max(
-            self.cpus / node.cpus, self.memory_bytes / node.memory_bytes, self.gpus / node.gpus if node.gpus else no_gpus
-        )
+        pairs = ((self.cpus, node.cpus), (self.memory_bytes, node.memory_bytes), (self.gpus, node.gpus))
+        return max(lack / has if has > 0 else math.inf if lack else 0.0 for lack, has in pairs)
 
     def __str__(self) -> str:
         parts = [f"{math.ceil(self.cpus * 1000 - EPSILON) / 1000:g} cpus"] if self.cpus > EPSILON else []

@@ -12,10 +12,20 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.core import ScalingPolicy
+from orchestrator.scaling.hpa import Hpa, Keda
+from orchestrator.scaling.kpa import Kpa
 from orchestrator.scaling.manual import Manual
+from orchestrator.scaling.ray import Ray
+from orchestrator.scaling.square_root import SquareRoot, Static
 
 POLICIES: Mapping[str, type[ScalingPolicy[Any]]] = {
     "manual": Manual,
+    "static": Static,
+    "hpa": Hpa,
+    "keda": Keda,
+    "kpa": Kpa,
+    "ray": Ray,
+    "square_root": SquareRoot,
 }
 
 

@@ -172,7 +172,10 @@ def test_what_is_no_log_is_refused_by_file_and_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"policy": "lyapunov"}, "there is no policy 'lyapunov' in this version; it has manual"),
+        (
+            {"policy": "lyapunov"},
+            "there is no policy 'lyapunov' in this version; it has manual, static, hpa, keda, kpa, ray, square_root",
+        ),
         ({"decision_log": 2}, "format 2; this version of espalier reads format 1"),
         ({"testbed": None}, "testbed: Input should be a valid string"),
     ],

@@ -1,0 +1,197 @@
+"""Where the load goes under a given placement: a linear program, also with one node lost. Judges every placement alike.
+
+    carried(f, x) = max sigma <= 1  so that  sigma of every demand's load  flows through the replicas x on the nodes but f
+
+sigma is concave in x, so the program's dual prices give a cut that holds for every other x too (L-shaped method, Van Slyke and
+Wets 1969): this is how `program` demands survival without a copy of all flows per node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linprog
+from scipy.sparse import coo_array
+
+from orchestrator.placement.problem import EPSILON, Bools, Demand, Floats, Problem, in_time
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What is left after a loss."""
+
+    share: float
+    """Of every demand, within its deadline; 0..1."""
+    prices: Floats
+    """d share / d x[s, n] at this x, shape (s, n); >= 0, and 0 on the lost node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """How the load flows best when nothing is lost."""
+
+    latency_cost: float
+    """omega * tasks on the way (Little's law: rate times time on links)."""
+    busiest_link: float
+    """Largest traffic / bandwidth."""
+    links: Floats
+    """Traffic [bytes/s], shape (n, n)."""
+
+
+def carried(problem: Problem, x: Floats, lost: int, hosts: Bools | None = None) -> Carried:
+    """Share of the load that still flows when node `lost` is gone.
+
+    Args:
+        problem: with its parameters for the time after a loss.
+        x: replicas, shape (s, n).
+        lost: index of the node.
+        hosts: where services may be, beside where they are: `prices` are right for these. Default: where x is.
+    """
+    hosts = x > 0.5 if hosts is None else hosts
+    rows = _Rows(problem, hosts, lost)
+    sigma = rows.column(1, 0.0, 1.0)[0]
+    rows.cost[sigma] = -1.0
+    for demand in problem.arrays.commodities(lost):
+        rows.route(demand, sigma, 0.0)
+    p = problem.parameters
+    cells = rows.limit_services(p.utilisation_after_loss * problem.arrays.throughput[:, None] * x)
+    rows.limit_links(p.link_share, None)
+    result = rows.solve()
+    prices = np.zeros_like(x)
+    for row, (s, n) in cells.items():
+        prices[s, n] = -result.ineqlin.marginals[row] * p.utilisation_after_loss * problem.arrays.throughput[s]
+    return Carried(min(1.0, max(0.0, float(-result.fun))), prices)
+
+
+def route(problem: Problem, x: Floats) -> Routed | None:
+    """The cheapest flows of all load through these replicas; None where there are none."""
+    p = problem.parameters
+    rows = _Rows(problem, x > 0.5, None)
+    one = rows.column(1, 1.0, 1.0)[0]
+    busiest = rows.column(1, 0.0, p.link_share)[0]
+    rows.cost[busiest] = p.link_weight
+    for demand in problem.arrays.commodities():
+        rows.route(demand, one, p.latency_weight)
+    rows.limit_services(p.utilisation * problem.arrays.throughput[:, None] * x)
+    rows.limit_links(p.link_share, busiest)
+    result = rows.solve()
+    if result.status != 0:
+        return None
+    links = np.zeros_like(problem.arrays.latency)
+    for column, u, v, per_share in rows.traffic:
+        links[u, v] += per_share * result.x[column]
+    return Routed(float(result.fun - p.link_weight * result.x[busiest]), float(result.x[busiest]), links)
+
+
+@dataclass(slots=True)
+class _Rows:
+    """A linear program under construction: min cost z, A_ub z <= b_ub, A_eq z = 0, bounds."""
+
+    problem: Problem
+    hosts: Bools
+    lost: int | None
+    cost: list[float] = field(default_factory=list)
+    bounds: list[tuple[float, float]] = field(default_factory=list)
+    equal: list[tuple[int, int, float]] = field(default_factory=list)
+    equal_rows: int = 0
+    below: list[tuple[int, int, float]] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)
+    work: list[tuple[int, int, int, float]] = field(default_factory=list)
+    """(column, service, node, tasks/s per unit of the column)."""
+    traffic: list[tuple[int, int, int, float]] = field(default_factory=list)
+    """(column, from node, to node, bytes/s per unit of the column)."""
+
+    def column(self, number: int, low: float, high: float) -> list[int]:
+        """New variables between two bounds, at no cost."""
+        first = len(self.cost)
+        self.cost += [0.0] * number
+        self.bounds += [(low, high)] * number
+        return list(range(first, first + number))
+
+    def route(self, demand: Demand, scale: int, weight: float) -> None:
+        """Flows of one commodity along its DAG, as shares of it; column `scale` says how much, `weight` prices time on links.
+
+        Conservation per visit and node; all parents of a visit bring equal shares to each node (the join rule).
+        """
+        arrays = self.problem.arrays
+        entry = arrays.entry(demand)
+        shares: dict[str, dict[int, int]] = {}
+        for visit in demand.visits:
+            s = arrays.service[visit.service]
+            nodes = [int(n) for n in np.flatnonzero(self.hosts[s]) if n != self.lost]
+            shares[visit.id] = dict(zip(nodes, self.column(len(nodes), 0.0, 1.0), strict=True))
+            self.work += [(column, s, n, demand.rate) for n, column in shares[visit.id].items()]
+        ends = {int(n): 0 for n in np.flatnonzero(entry > 0)}
+        allowed = in_time(self.problem, demand, self.hosts, self.lost)
+        for edge, pairs in zip(demand.edges, allowed, strict=True):
+            sources = ends if edge.source is None else shares[edge.source]
+            targets = ends if edge.target is None else shares[edge.target]
+            way = arrays.link_s(edge)
+            out: dict[int, list[int]] = {u: [] for u in sources}
+            into: dict[int, list[int]] = {v: [] for v in targets}
+            for u in sources:
+                for v in targets:
+                    if pairs[u, v]:
+                        column = self.column(1, 0.0, 1.0)[0]
+                        self.cost[column] = weight * demand.rate * way[u, v]
+                        self.traffic.append((column, u, v, demand.rate * edge.bytes_per_task))
+                        out[u].append(column)
+                        into[v].append(column)
+            for columns, end, side in ((out, edge.source, sources), (into, edge.target, targets)):
+                for node, flows in columns.items():
+                    column, factor = (scale, float(entry[node])) if end is None else (side[node], 1.0)
+                    self.equal += [(self.equal_rows, flow, 1.0) for flow in flows]
+                    self.equal.append((self.equal_rows, column, -factor))
+                    self.equal_rows += 1
+
+    def limit_services(self, capacity: Floats) -> dict[int, tuple[int, int]]:
+        """Work of each service on each node within its capacity [tasks/s]; returns row -> (service, node)."""
+        cells: dict[tuple[int, int], int] = {}
+        for column, s, n, per_unit in self.work:
+            if (s, n) not in cells:
+                cells[s, n] = len(self.limits)
+                self.limits.append(float(capacity[s, n]))
+            self.below.append((cells[s, n], column, per_unit))
+        return {row: cell for cell, row in cells.items()}
+
+    def limit_links(self, share: float, busiest: int | None) -> None:
+        """Traffic of each link and direction within its share of the bandwidth; column `busiest` is the largest share."""
+        bandwidth = self.problem.arrays.bandwidth
+        lines: dict[tuple[int, int], int] = {}
+        for column, u, v, per_unit in self.traffic:
+            if not np.isfinite(bandwidth[u, v]):
+                continue
+            if (u, v) not in lines:
+                lines[u, v] = len(self.limits)
+                self.limits.append(0.0 if busiest is not None else share)
+                if busiest is not None:
+                    self.below.append((lines[u, v], busiest, -1.0))
+            self.below.append((lines[u, v], column, per_unit / bandwidth[u, v]))
+
+    def solve(self) -> Any:
+        """HiGHS's answer, as scipy gives it."""
+        columns = len(self.cost)
+        return linprog(
+            self.cost, bounds=self.bounds, method="highs",
+            A_ub=_sparse(self.below, len(self.limits), columns) if self.limits else None, b_ub=self.limits or None,
+            A_eq=_sparse(self.equal, self.equal_rows, columns) if self.equal_rows else None,
+            b_eq=np.zeros(self.equal_rows) if self.equal_rows else None,
+        )  # fmt: skip
+
+
+def _sparse(entries: list[tuple[int, int, float]], rows: int, columns: int) -> coo_array:
+    i, j, values = zip(*entries, strict=True) if entries else ((), (), ())
+    return coo_array((np.array(values, float), (np.array(i, int), np.array(j, int))), shape=(rows, columns)).tocsr()
+
+
+def survivors(problem: Problem, x: Floats) -> dict[str, float]:
+    """Node -> share of every demand still carried once that node is lost."""
+    return {node.name: carried(problem, x, n).share for n, node in enumerate(problem.nodes)}
+
+
+def fits(problem: Problem, x: Floats) -> bool:
+    """Whether the replicas fit the nodes, and stand only where they may."""
+    arrays = problem.arrays
+    return bool((x.T @ arrays.needs <= arrays.capacity + EPSILON * 1e3).all() and not x[~arrays.allowed].any())

@@ -1,0 +1,85 @@
+"""`espalier plan`: reads the testbed, its models and a saved plan, and hands them to the program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator import plan as plans
+from orchestrator.core import Placement
+from orchestrator.errors import UsageError
+from orchestrator.placement import explain
+from orchestrator.placement.explain import Plan, document, lines
+from orchestrator.placement.program import Limits
+from orchestrator.placement.survey import defaults, survey
+from orchestrator.testbed import Loaded, did_you_mean
+
+__all__ = ["Asked", "document", "lines", "plan", "read"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user says beside the testbed; None: the default."""
+
+    demands: Sequence[str] = ()
+    """`PIPELINE=RATE` [tasks/s]; none: the means of the workload."""
+    gamma: float | None = None
+    kappa: int | None = None
+    time_limit_s: float = 60.0
+    keep: Path | None = None
+    """A saved plan that runs now."""
+
+
+def plan(loaded: Loaded, models_dir: Path, asked: Asked) -> Plan:
+    """The plan of a testbed.
+
+    Raises:
+        SetupFailed: a model is not exported.
+        TestbedInvalid: file and models do not fit each other.
+        UsageError: a demand or the saved plan cannot be read.
+        Infeasible: no placement keeps every rule.
+    """
+    made = plans.make(loaded, models_dir)
+    testbed = made.testbed
+    parameters = defaults(testbed)
+    if asked.gamma is not None:
+        parameters = replace(parameters, gamma=asked.gamma)
+    if asked.kappa is not None:
+        parameters = replace(parameters, kappa=asked.kappa)
+    rates = dict(_demand(text, testbed.pipelines) for text in asked.demands) or None
+    found = survey(testbed, made.manifests, made.wiring.pipelines, rates, parameters)
+    return explain.make(
+        found.problem,
+        Limits(time_s=asked.time_limit_s),
+        light=[service for service in made.services().values() if service.tier == "light"],
+        targets=testbed.targets(),
+        flows_between=sorted(testbed.flows()),
+        current=None if asked.keep is None else read(asked.keep),
+        assumptions=found.assumptions,
+    )
+
+
+def _demand(text: str, pipelines: Collection[str]) -> tuple[str, float]:
+    name, _, rate = text.partition("=")
+    if name not in pipelines:
+        raise UsageError(f"--demand {text}: there is no pipeline {name!r}{did_you_mean(name, pipelines)}")
+    try:
+        return name, float(rate)
+    except ValueError:
+        raise UsageError(f"--demand {text}: write PIPELINE=RATE with the rate in tasks/s, e.g. {name}=20") from None
+
+
+def read(path: Path) -> Placement:
+    """The placement of a saved plan.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    try:
+        saved = json.loads(path.read_text())
+        counts = [{s: {n: int(c) for n, c in row.items()} for s, row in saved[key].items()} for key in ("ready", "standby")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{path}: not a saved plan; make one with espalier plan --save") from None
+    return Placement(*counts)
