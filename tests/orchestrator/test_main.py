@@ -266,8 +266,10 @@ def test_bench_passes_the_load_generators_exit_code_on(terminal: Terminal) -> No
 
 
 def in_foreground(terminal: Terminal, *arguments: str) -> subprocess.Popen[bytes]:
+    # These tests may run in the background of a script, where interrupts are ignored, and children inherit that.
+    at_a_terminal = ["env", "--default-signal=INT"]
     return subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", *arguments, "--state-dir", str(terminal.state.root)],
+        [*at_a_terminal, sys.executable, "-m", "orchestrator", *arguments, "--state-dir", str(terminal.state.root)],
         env={**os.environ, **FAKES}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
