@@ -11,7 +11,7 @@ import docker
 import pytest
 from hypothesis import settings
 
-from tests.engine import build_fake_stage, connect, give_up
+from tests.engine import build_fake_stage, connect, give_up, sweep
 
 # An example that takes long on a busy machine is no finding.
 settings.register_profile("patient", deadline=None)
@@ -37,6 +37,7 @@ def minilm() -> Path:
 def engine() -> Iterator[docker.APIClient]:
     """The Docker engine of this machine; see `tests.engine` for what happens where there is none."""
     client = connect()
+    sweep(client)
     yield client
     client.close()
 

@@ -9,14 +9,16 @@ import gc
 import io
 import os
 import tarfile
+import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 import docker
 import docker.errors
 import docker.utils
+import psutil
 import pytest
 
 FAKE_STAGE = Path(__file__).parent / "orchestrator" / "fake_stage.py"
@@ -26,6 +28,38 @@ LABEL espalier.image=stage espalier.test={note}
 COPY fake_stage.py /fake_stage.py
 ENTRYPOINT ["python3.11", "/fake_stage.py"]
 """
+PREFIX = "espalier-test-"
+
+
+def own_name() -> str:
+    """A name for something on the engine that no other run has, and by which `sweep` knows whose it was."""
+    return f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def sweep(engine: docker.APIClient) -> None:
+    """Remove what runs left that were killed before they could tidy up."""
+    for container in engine.containers(all=True):
+        if any(_is_left(name.lstrip("/")) for name in container["Names"]):
+            engine.remove_container(container["Id"], force=True)
+    for network in engine.networks():
+        if _is_left(network["Name"]):
+            engine.remove_network(network["Id"])
+    for volume in engine.volumes()["Volumes"] or []:
+        if _is_left(volume["Name"]):
+            engine.remove_volume(volume["Name"])
+    for tag in _tags(engine):
+        if _is_left(tag.removeprefix("espalier-test/")):
+            engine.remove_image(tag, force=True)
+
+
+def _tags(engine: docker.APIClient) -> Iterator[str]:
+    for image in engine.images():
+        yield from image["RepoTags"] or []
+
+
+def _is_left(name: str) -> bool:
+    owner = name.removeprefix(PREFIX).partition("-")[0]
+    return name.startswith(PREFIX) and owner.isdecimal() and not psutil.pid_exists(int(owner))
 
 
 def connect() -> docker.APIClient:

@@ -14,6 +14,7 @@ from typing import Any
 from click.testing import CliRunner
 
 from orchestrator.__main__ import main
+from tests.engine import own_name
 from tests.system.edge import PATIENCE_S, Served, until
 from tests.system.engine import LIMIT_S, docker, labelled
 
@@ -24,7 +25,7 @@ TESTBED = Path(__file__).with_name("composed.yaml")
 class Composed(Served):
     """`docker compose up` of the project's own file, under a name and on ports of its own."""
 
-    project: str = field(default_factory=lambda: f"esptest{uuid.uuid4().hex[:8]}")
+    project: str = field(default_factory=own_name)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:

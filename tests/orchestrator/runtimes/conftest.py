@@ -9,22 +9,23 @@ from collections.abc import Iterator
 import docker
 import pytest
 
+from tests.engine import own_name
 from tests.orchestrator.runtimes.world import EngineKind, Kind, ProcessesKind
 
 
 @pytest.fixture(scope="session")
 def stage_network(engine: docker.APIClient) -> Iterator[str]:
     """A network for stages."""
-    name = "espalier-test-runtimes"
-    network = engine.create_network(name, driver="bridge", check_duplicate=False)["Id"]
+    name = own_name()
+    engine.create_network(name, driver="bridge")
     yield name
-    engine.remove_network(network)
+    engine.remove_network(name)
 
 
 @pytest.fixture(scope="session")
 def stage_models(engine: docker.APIClient) -> Iterator[str]:
     """A volume for models; fake stages do not open it."""
-    name = "espalier-test-models"
+    name = own_name()
     engine.create_volume(name)
     yield name
     engine.remove_volume(name)

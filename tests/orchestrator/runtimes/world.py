@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from orchestrator.runtimes.engine import Engine
 from orchestrator.runtimes.keeper import Keeper
 from orchestrator.runtimes.pins import Pins
 from orchestrator.runtimes.processes import Processes
+from tests.engine import own_name
 
 ROOT = Path(__file__).resolve().parents[3]
 NODES = {"a": Node("a", 2.0, 2**30), "b": Node("b", 2.0, 2**30)}
@@ -145,7 +145,7 @@ class EngineKind:
 
     def __post_init__(self) -> None:
         self.options = EngineOptions(
-            scope=f"espalier-test-{uuid.uuid4().hex[:8]}", testbed="small", image=self.image, gpu_image=self.image,
+            scope=own_name(), testbed="small", image=self.image, gpu_image=self.image,
             network=self.network, models=self.models,
         )  # fmt: skip
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from orchestrator.socket_proxy.rules import Policy
+from tests.engine import own_name
 from tests.orchestrator.socket_proxy.example import container
 from tests.orchestrator.socket_proxy.process import SOCKET, proxy_process
 
@@ -39,7 +39,7 @@ def direct() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def policy(direct: Any) -> Iterator[Policy]:
     """A scope of this run alone; what is left of it is removed at the end."""
-    scope = f"socketproxy-{uuid.uuid4().hex[:8]}"
+    scope = own_name()
     yield Policy(scope, scope, frozenset({IMAGE}), "bridge", f"{scope}_models")
     for left in direct.containers(all=True, filters={"label": [f"espalier.scope={scope}"]}):
         direct.remove_container(left["Id"], force=True)
@@ -57,9 +57,7 @@ def through(policy: Policy) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def foreign(direct: Any) -> Iterator[str]:
     """A running container of somebody else."""
-    made = direct.create_container(
-        IMAGE, ["sleep", "300"], name=f"foreign-{uuid.uuid4().hex[:8]}", labels={"espalier.scope": "x"}
-    )
+    made = direct.create_container(IMAGE, ["sleep", "300"], name=own_name(), labels={"espalier.scope": "x"})
     direct.start(made["Id"])
     yield made["Id"]
     direct.remove_container(made["Id"], force=True)
