@@ -59,6 +59,8 @@ class Placement:
 
     ready: Counts = field(default_factory=dict)
     standby: Counts = field(default_factory=dict)
+    allowance: Mapping[str, int] = field(default_factory=dict)
+    """service -> standbys that the data plane may let out by itself until the next decision; none without an entry."""
 
     def ready_on(self, service: str, node: str) -> int:
         """Ready replicas wanted of a service on a node."""
@@ -103,7 +105,11 @@ class Signal:
     wait_s: float | None = None
     """Mean time in queue of the interval [s]."""
     service_s: float | None = None
-    """Mean compute time of the interval [s]."""
+    """Mean compute time of the interval [s]: of the batch that a request was computed in."""
+    service_cv2: float | None = None
+    """Variance of that time over its mean squared."""
+    batch_size: float | None = None
+    """Mean number of requests computed together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,8 @@ class ServiceObservation:
     """node -> state -> count."""
     signal: Signal | None = None
     """None: no replica has been sampled yet."""
+    let_out: Mapping[str, int] = field(default_factory=dict)
+    """node -> replicas at work that no decision asked for: standbys that the data plane has let out since the last one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,9 @@ def read(path: Path) -> Placement:
     """
     try:
         saved = json.loads(path.read_text())
-        counts = [{s: {n: int(c) for n, c in row.items()} for s, row in saved[key].items()} for key in ("ready", "standby")]
+        ready, standby = (
+            {s: {n: int(c) for n, c in row.items()} for s, row in saved[key].items()} for key in ("ready", "standby")
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{path}: not a saved plan; make one with espalier plan --save") from None
-    return Placement(*counts)
+    return Placement(ready, standby)

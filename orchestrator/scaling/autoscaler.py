@@ -10,7 +10,7 @@ second.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from orchestrator.core import Decision, Node, Observation, Placement, Service, Signal, Target
@@ -18,25 +18,9 @@ from orchestrator.errors import Infeasible
 from orchestrator.placement import greedy
 from orchestrator.scaling.lyapunov import Room
 from orchestrator.scaling.manual import running
-from orchestrator.scaling.parameters import Ordered, Table
+from orchestrator.scaling.site import Site
 
 M = TypeVar("M")
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """What there is to scale, and on what."""
-
-    services: tuple[Service, ...]
-    nodes: tuple[Node, ...]
-    targets: Mapping[str, Target]
-    """Where every service begins; where core services stay. Standbys stay as many as here."""
-    flows: Ordered[tuple[str, str]] = frozenset()
-    latencies_s: Table[tuple[str, str], float] | None = None
-    stale_after_s: float = 5.0
-    """A signal older than this says nothing [s]."""
-    most: Mapping[str, int] = field(default_factory=dict)
-    """Replicas a service may have at most; without an entry, what fits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from typing import ClassVar
 
 from orchestrator.core import Decision, Observation, Placement
 from orchestrator.scaling import autoscaler
-from orchestrator.scaling.autoscaler import Seen, Site
+from orchestrator.scaling.autoscaler import Seen
+from orchestrator.scaling.site import Site
 
 
 @dataclass(frozen=True, slots=True)

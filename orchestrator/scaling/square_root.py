@@ -14,8 +14,9 @@ from typing import ClassVar
 
 from orchestrator.core import Decision, Observation, Placement
 from orchestrator.scaling import autoscaler, estimators, queueing
-from orchestrator.scaling.autoscaler import Seen, Site
+from orchestrator.scaling.autoscaler import Seen
 from orchestrator.scaling.estimators import RateState
+from orchestrator.scaling.site import Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from loadgen import arrivals
 from orchestrator.core import ScalingPolicy
 from orchestrator.errors import UsageError
 from orchestrator.plan import Plan
-from orchestrator.scaling.autoscaler import Site
 from orchestrator.scaling.policies import POLICIES
+from orchestrator.scaling.site import Site
 from orchestrator.simulator import world as worlds
 from orchestrator.simulator.run import Row, run
 

@@ -13,10 +13,11 @@ from pydantic import TypeAdapter
 from orchestrator.core import Decision, Node, Observation, Placement, ScalingPolicy, Service, ServiceObservation, Signal, Target
 from orchestrator.errors import Infeasible
 from orchestrator.scaling import policies
-from orchestrator.scaling.autoscaler import Site, place
+from orchestrator.scaling.autoscaler import place
 from orchestrator.scaling.hpa import Behavior, Hpa, Keda
 from orchestrator.scaling.kpa import Kpa
 from orchestrator.scaling.ray import Ray
+from orchestrator.scaling.site import Site
 from orchestrator.scaling.square_root import SquareRoot, Static
 
 SITE = Site(

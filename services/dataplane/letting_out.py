@@ -1,0 +1,26 @@
+"""When a standby is let out between two decisions: at once, by whoever sees that a task would wait too long.
+
+The controller decides once a slot, and a burst is over by then. A standby is loaded and warm, so that one can be put to work in
+milliseconds: the caller that chooses a replica for a task sends the task to a standby instead, and tells the orchestrator, as
+long as the controller's allowance for the service lasts. The controller sees it in its next observation, and keeps it or takes
+it back.
+"""
+
+from __future__ import annotations
+
+SHARE = 0.5
+"""Of the slack of a stage that a wait may take before a standby is let out."""
+
+
+def is_due(wait_s: float, slack_s: float, hops: int, share: float = SHARE) -> bool:
+    """Whether a task that would wait so long is reason enough to let a standby out.
+
+    A task's slack is divided evenly among the hops that it still has to make, since each of them may have a queue.
+
+    Args:
+        wait_s: expected wait at the best replica at work [s].
+        slack_s: time until the task's deadline, less what the rest of its way needs without any wait [s].
+        hops: that it still has to make, this one included; at least 1.
+        share: of a hop's slack that may be spent on waiting.
+    """
+    return wait_s > 0.0 and wait_s > share * max(0.0, slack_s) / hops

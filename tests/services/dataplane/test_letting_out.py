@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.dataplane.letting_out import is_due
+
+seconds = st.floats(0.0, 10.0)
+
+
+def test_a_wait_beyond_half_a_hops_slack_is_due() -> None:
+    assert is_due(0.051, slack_s=0.2, hops=2)
+    assert not is_due(0.05, slack_s=0.2, hops=2)
+    assert not is_due(0.051, slack_s=0.2, hops=2, share=1.0)
+
+
+def test_a_task_without_slack_lets_out_for_any_wait_but_none() -> None:
+    assert is_due(1e-6, slack_s=-0.1, hops=1)
+    assert not is_due(0.0, slack_s=-0.1, hops=1)
+
+
+@given(wait_s=seconds, more_s=seconds, slack_s=seconds, less_s=seconds, hops=st.integers(1, 9))
+def test_longer_waits_and_less_slack_are_never_less_due(
+    wait_s: float, more_s: float, slack_s: float, less_s: float, hops: int
+) -> None:
+    assert is_due(wait_s + more_s, slack_s - less_s, hops) >= is_due(wait_s, slack_s, hops)
