@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from orchestrator.core import Target
-from services.dataplane.document import Document
+from services.dataplane.document import Document, keep
 
 
 class Kept(Document):
@@ -49,8 +48,5 @@ class Orders:
         self._keep(Kept(targets=self._kept.targets, generations={**self._kept.generations, **again}))
 
     def _keep(self, kept: Kept) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text(kept.model_dump_json())
-        os.replace(partial, self._path)
+        keep(self._path, kept.model_dump_json())
         self._kept = kept

@@ -18,7 +18,6 @@ The command line, the orchestrator and its successor meet only here.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from pydantic import ValidationError
 
 from orchestrator.runtimes import child as children
 from orchestrator.runtimes.child import Identity
-from services.dataplane.document import Document
+from services.dataplane.document import Document, keep
 
 
 class Daemon(Document):
@@ -110,11 +109,11 @@ class StateDir:
 
     def save_daemon(self, daemon: Daemon) -> None:
         """Write the record of the orchestrator in one step."""
-        _replace(self.daemon, daemon.model_dump_json())
+        keep(self.daemon, daemon.model_dump_json())
 
     def keep_testbed(self, text: str) -> None:
         """Keep a testbed file as the one in force."""
-        _replace(self.testbed, text)
+        keep(self.testbed, text)
 
     def clear(self) -> None:
         """Forget a testbed that is down, but for its logs, its decisions and the version of its routes."""
@@ -122,9 +121,3 @@ class StateDir:
             path.unlink(missing_ok=True)
         for directory in ("replicas", "gateways"):
             shutil.rmtree(self.root / directory, ignore_errors=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -8,12 +8,11 @@ that a successor goes on with the same images, and does not try again what was g
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from services.dataplane.document import Document
+from services.dataplane.document import Document, keep
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +73,7 @@ class Pins:
 
     def _save(self, pins: dict[str, Pin]) -> None:
         self._pins = pins
-        partial = self._path.with_name(self._path.name + ".partial")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(_File(images=pins).model_dump_json())
-            os.replace(partial, self._path)
+            keep(self._path, _File(images=pins).model_dump_json())
         except OSError as error:
             log.warning("the images in use could not be written down, so a successor will take what their names say: %s", error)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from orchestrator.runtimes.child import Identity
-from services.dataplane.document import Document
+from services.dataplane.document import Document, keep
 from services.dataplane.routes import ReplicaState
 
 log = logging.getLogger(__name__)
@@ -75,12 +74,8 @@ class Records:
 
     def save(self, record: Record) -> None:
         """Write or replace a record. A full disk costs the successor what it describes, and the present one nothing."""
-        path = self._path(record.id)
-        partial = path.with_name(path.name + ".partial")
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            partial.write_text(record.model_dump_json())
-            os.replace(partial, path)
+            keep(self._path(record.id), record.model_dump_json())
         except OSError as error:
             log.warning("%s: its record could not be written, so a successor will not find it: %s", record.id, error)
 

@@ -5,7 +5,6 @@ One versioned JSON document, `GET /v1/routes`. A gateway that holds it can serve
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from models.manifest import Name, TensorSpec, Tier
-from services.dataplane.document import Document
+from services.dataplane.document import Document, keep
 from services.dataplane.pipeline import Pipeline
 
 ReplicaState = Literal["starting", "standby", "ready", "draining"]
@@ -79,10 +78,7 @@ def empty() -> Routes:
 
 def save(routes: Routes, path: Path) -> None:
     """Keep the document on disk in one step, so that a gateway that starts meanwhile reads the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(routes.model_dump_json().encode())
-    os.replace(partial, path)
+    keep(path, routes.model_dump_json())
 
 
 def load(path: Path) -> Routes | None:
