@@ -25,16 +25,15 @@ from orchestrator import bench as benches
 from orchestrator import bundle as bundles
 from orchestrator import client as clients
 from orchestrator import display, facts, lifecycle, wiring
-from orchestrator import plan as plans
 from orchestrator import replay as replays
 from orchestrator import testbed as testbeds
 from orchestrator.errors import EspalierError, TestbedInvalid
 from orchestrator.runtimes import child as children
-from orchestrator.simulator import command as simulation
 from orchestrator.state_dir import StateDir
 
 DEFAULT_TESTBED = Path("deploy/testbeds/demo.yaml")
-STATES, MODELS = Path("out/run"), Path("out/models")
+STATES, MODELS, SIMULATED = Path("out/run"), Path("out/models"), Path("out/simulate")
+SCENARIOS = lifecycle.ROOT / "deploy" / "scenarios"
 INTERRUPTED = 130
 
 
@@ -280,16 +279,30 @@ def status(client: clients.Client, watch: bool, output: str) -> None:
             time.sleep(1)
 
 
+class _Replicas(click.ParamType[int | str]):
+    """A number of replicas, or `auto`."""
+
+    name = "replicas"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        try:
+            return "auto" if value == "auto" else int(click.IntRange(min=0).convert(value, param, ctx))
+        except click.BadParameter as error:
+            self.fail(f"{error.message.rstrip('.')}; give a number of replicas, or auto", param, ctx)
+
+
 @main.command()
 @_orchestrator
 @click.argument("service")
-@click.argument("replicas", type=click.IntRange(min=0))
+@click.argument("replicas", metavar="N|auto", type=_Replicas())
 @click.option("--standby", type=click.IntRange(min=0), help="Replicas that are loaded and idle; left as it is by default.")
 @click.option("--wait", is_flag=True, help="Until it is so.")
 @click.option("--limit", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Longest wait [s].")
-def scale(client: clients.Client, service: str, replicas: int, standby: int | None, wait: bool, limit: float) -> None:
-    """Set the number of replicas of SERVICE."""
-    client.scale(service, replicas, standby)
+def scale(client: clients.Client, service: str, replicas: int | str, standby: int | None, wait: bool, limit: float) -> None:
+    """Set the number of replicas of SERVICE, whatever the policy says; `auto` leaves it to the policy again."""
+    if wait and replicas == "auto":
+        raise click.UsageError("auto has no number to wait for; leave out --wait")
+    client.scale(service, None if isinstance(replicas, str) else replicas, standby)
     if wait:
         _wait_until_settled(client, [service], limit)
 
@@ -398,6 +411,13 @@ def info(output: str) -> None:
 @click.option(
     "--time-limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Of the solver [s]."
 )
+@click.option("--check-losses", is_flag=True, help="Simulate the loss of every node; ask for more where it leaves too little.")
+@click.option(
+    "--picture",
+    "drawn",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the plan as SVG [default: beside --save].",
+)
 @_output
 def plan(
     testbed: Path,
@@ -409,41 +429,83 @@ def plan(
     gamma: float | None,
     kappa: int | None,
     time_limit: float,
+    check_losses: bool,
+    drawn: Path | None,
     output: str,
 ) -> None:
     """Where the services of a testbed should run, by the integer program; exit 2 where nothing keeps every rule."""
-    from orchestrator.placement import planning  # noqa: PLC0415  the solver takes most of a second to import
+    from orchestrator import planning  # noqa: PLC0415  the solver takes a second and more to import
 
-    asked = planning.Asked(demands, gamma, kappa, time_limit, keep)
+    asked = planning.Asked(demands, gamma, kappa, time_limit, keep, check_losses)
     found = planning.plan(testbeds.load(testbed), models_dir, asked)
+    told = json.dumps(planning.document(found), indent=2)
     if save is not None:
-        save.parent.mkdir(parents=True, exist_ok=True)
-        save.write_text(json.dumps(planning.document(found), indent=2) + "\n")
+        _write(save, told + "\n")
+        drawn = drawn or save.with_suffix(".svg")
+    if drawn is not None:
+        _write(drawn, planning.picture(found))
     if output == "json":
-        click.echo(json.dumps(planning.document(found), indent=2))
+        click.echo(told)
     else:
         for line in planning.lines(found, explain=explained):
             click.echo(line)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 # --- simulation -----------------------------------------------------------------------------------------------------------
 
 
 @main.command()
-@_testbed_file
+@click.argument("scenario", metavar="SCENARIO|TESTBED")
 @_models_dir
-@click.option("--policy", "names", multiple=True, default=["manual"], show_default=True, help="Who decides; once for each.")
-@click.option("--duration", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Simulated [s].")
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each policy, by seeds 1 to N.")
+@click.option("--policies", "names", multiple=True, help="Only these of the scenario's policies; commas or once for each.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Runs with seeds 1 to N  [default: the scenario's].")
+@click.option("--duration", type=click.FloatRange(min=0, min_open=True), help="Simulated [s]  [default: the scenario's].")
+@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Processes.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="For the report  [default: out/simulate/NAME].")
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Draw the scenario's plots beside the report.")
+@click.option("--check", is_flag=True, help="Exit 1 where a claim of the scenario does not hold.")
 @_output
-def simulate(testbed: Path, models_dir: Path, names: tuple[str, ...], duration: float, seeds: int, output: str) -> None:
-    """Run the testbed's workload in virtual time, with the service times of its profiled models."""
-    made = plans.make(testbeds.load(testbed), models_dir)
-    rows = list(simulation.simulate(made, names, duration, seeds))
+def simulate(
+    scenario: str,
+    models_dir: Path,
+    names: tuple[str, ...],
+    seeds: int | None,
+    duration: float | None,
+    jobs: int,
+    out: Path | None,
+    plots: bool,
+    check: bool,
+    output: str,
+) -> None:
+    """Run an experiment in virtual time: a SCENARIO of deploy/scenarios by name, one in a file, or a TESTBED's own workload.
+
+    Writes report.json, and plots. What is done when it is interrupted is in the report, marked incomplete.
+    """
+    from orchestrator.simulator import command as simulation  # noqa: PLC0415  all policies, and scipy
+
+    policies = tuple(part for name in names for part in name.split(",") if part)
+    asked = simulation.Asked(policies, seeds, duration)
+    loaded, made = simulation.narrowed(*simulation.read(scenario, SCENARIOS, models_dir, policies), asked)
+    directory = out or SIMULATED / loaded.scenario.name
+    click.echo(f"{loaded.scenario.name}: {simulation.estimate(made, jobs)}", err=True)
+    outcome, document = simulation.Outcome(), dict[str, Any]()
+    try:
+        with simulation.bar() as progress:
+            simulation.simulate(made, jobs, outcome, progress)
+    finally:
+        if outcome.rows:
+            document = simulation.write(loaded, outcome, directory, draw=plots)
+            click.echo("\n".join([*outcome.notes, f"report: {directory / 'report.json'}"]), err=True)
     if output == "json":
-        click.echo(json.dumps(simulation.document(made, duration, rows), indent=2))
+        click.echo(json.dumps(document, indent=2))
     else:
-        display.console().print(simulation.table(rows))
+        display.console().print(simulation.table(document))
+    sys.exit(1 if check and any(verdict["holds"] is False for verdict in document["verdicts"]) else 0)
 
 
 # --- decision logs and bundles --------------------------------------------------------------------------------------------

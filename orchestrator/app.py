@@ -26,9 +26,17 @@ class Scale(Document):
     """`POST /v1/scale`."""
 
     service: str
-    replicas: int = Field(ge=0, le=1000)
+    replicas: int | None = Field(ge=0, le=1000)
+    """None takes an earlier order back: the policy decides again."""
     standby: int | None = Field(default=None, ge=0, le=1000)
     """None leaves it as it is."""
+
+
+class LetOut(Document):
+    """`POST /v1/let-out`."""
+
+    service: str = Field(max_length=256)
+    replica: str = Field(max_length=256)
 
 
 class Restart(Document):
@@ -64,8 +72,11 @@ class Controls(Protocol):
     async def routes(self, after: int, wait_s: float, gateway: str | None) -> Routes | None:
         """The routes as soon as their version is not `after`; None when `wait_s` passed first."""
 
-    def scale(self, service: str, replicas: int, standby: int | None) -> None:
+    def scale(self, service: str, replicas: int | None, standby: int | None) -> None:
         """Order a number of replicas."""
+
+    def let_out(self, service: str, replica: str) -> None:
+        """Put a standby to work that a gateway has let out."""
 
     def restart(self, services: list[str] | None) -> None:
         """Order that every replica be replaced."""
@@ -112,6 +123,11 @@ def build(controls: Controls) -> FastAPI:
     async def scale(order: Scale) -> JSONResponse:
         controls.scale(order.service, order.replicas, order.standby)
         return JSONResponse({"accepted": True}, 202)
+
+    @app.post("/v1/let-out")
+    async def let_out(standby: LetOut) -> JSONResponse:
+        controls.let_out(standby.service, standby.replica)
+        return JSONResponse({"let_out": True})
 
     @app.post("/v1/restart", status_code=202)
     async def restart(order: Restart) -> JSONResponse:

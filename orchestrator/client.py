@@ -33,8 +33,8 @@ class Client:
         found: dict[str, Any] = self._ask("GET", "/v1/status").json()
         return found
 
-    def scale(self, service: str, replicas: int, standby: int | None) -> None:
-        """`POST /v1/scale`."""
+    def scale(self, service: str, replicas: int | None, standby: int | None = None) -> None:
+        """`POST /v1/scale`; None takes an order back."""
         self._ask("POST", "/v1/scale", {"service": service, "replicas": replicas, "standby": standby})
 
     def restart(self, services: list[str] | None) -> None:

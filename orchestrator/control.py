@@ -10,6 +10,7 @@ import hashlib
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 from orchestrator import plan as plans
 from orchestrator import testbed as testbeds
 from orchestrator.core import Placement, Target
-from orchestrator.costs import Prices
 from orchestrator.decision_log import DecisionLog, Origin
 from orchestrator.errors import Conflict, EspalierError, UsageError
 from orchestrator.given_gateway import GivenGateway
@@ -36,7 +36,7 @@ from orchestrator.runtimes.engine import Engine
 from orchestrator.runtimes.keeper import Keeper
 from orchestrator.runtimes.pins import Pins
 from orchestrator.runtimes.processes import Processes
-from orchestrator.scaling.manual import ManualState, running
+from orchestrator.scaling.manual import running
 from orchestrator.state_dir import StateDir
 from orchestrator.telemetry import sources, targets
 from orchestrator.telemetry.live import Live
@@ -155,23 +155,49 @@ class Orchestrator:
         """See `routes.Publisher.wait_for_news`."""
         return await self._publisher.wait_for_news(after, wait_s, gateway)
 
-    def scale(self, service: str, replicas: int, standby: int | None) -> None:
-        """Order a number of replicas, if it fits."""
-        current = self._policy.wanted(self._orders.targets)
+    def scale(self, service: str, replicas: int | None, standby: int | None) -> None:
+        """Order a number of replicas, if it fits; None takes the order back."""
         self._check_names([service])
+        if replicas is None:
+            self._orders.release(service)
+            log.info("order: none for %s any more, the policy decides", service)
+            self._runner.wake()
+            return
+        current = self._wanted()
         floor = self._services[service].floor
         if replicas < floor:
             raise UsageError(f"{service} keeps at least {floor} replicas (its floor); asked for {replicas}")
         target = Target(replicas, current[service].standby if standby is None else standby)
-        self._policy.place({**current, service: target}, self._placed())
+        self._plan.place({**current, service: target}, self._placed())
         self._orders.scale(service, target)
         log.info("order: %s to %d replicas and %d on standby", service, target.replicas, target.standby)
         self._runner.wake()
+
+    def _wanted(self) -> dict[str, Target]:
+        """How many replicas of each service there should be: as ordered, else as decided, else as the file begins."""
+        begins, desired = self._testbed.targets(), self._runner.desired
+        decided = {name: desired.target(name) for name in begins if desired.ready.get(name)} if desired is not None else {}
+        return begins | decided | {name: target for name, target in self._orders.targets.items() if name in begins}
 
     def _placed(self) -> Placement | None:
         """What was placed last; what runs, where nothing was yet."""
         seen = self._runner.observation
         return self._runner.desired or (running(seen) if seen else None)
+
+    def let_out(self, service: str, replica: str) -> None:
+        """Put a standby to work that a gateway has let out, if its allowance and its node have room for it."""
+        self._check_names([service])
+        # Until now it was idle, and is paid for as such.
+        self._runner.account()
+        try:
+            fresh = self._runtime.let_out(service, replica)
+        except UsageError as error:
+            self._metrics.let_out(service, "refused")
+            log.info("not let out: %s", error)
+            raise
+        self._metrics.let_out(service, "ok" if fresh else "again")
+        if fresh:
+            self._runner.nudge()
 
     def restart(self, services: list[str] | None) -> None:
         """Order that every replica be replaced, one at a time."""
@@ -187,8 +213,8 @@ class Orchestrator:
             raise Conflict("an update is under way; wait until it has ended (espalier status)")
         new = plans.make(testbeds.parse(text, name), self._settings.models_dir)
         rollout = Rollout(self._plan, new, take=self._take, look=self._standing, revert=self._runtime.revert)
-        policy = rollout.both.policy()
-        policy.place(policy.wanted(self._orders.targets), self._placed())
+        both = rollout.both
+        both.place({**both.testbed.targets(), **self._wanted()}, self._placed())
         self._rollout = rollout
         self._rolling = asyncio.create_task(self._roll(rollout, new, text, limit_s))
 
@@ -214,10 +240,11 @@ class Orchestrator:
         self._plan, self._services, self._policy = plan, plan.services(), plan.policy()
         self._publisher.replan(plan.map())
         self._runtime.relaunch(self._launches(), self._services, plan.nodes())
-        self._runner.change(self._policy, prices=self._prices(), slot_s=plan.testbed.control.slot)
+        self._runner.change(self._policy, prices=plan.testbed.prices(), slot_s=plan.testbed.control.slot)
 
     def _standing(self) -> Standing:
-        unsettled = tuple(name for name in self._services if not self._service_status(name)["settled"])
+        # A standby that is let out meanwhile is where it should be: a burst must not end an update.
+        unsettled = tuple(name for name in self._services if not self._settled(name, self._states(name, let_out_is_idle=True)))
         return Standing(unsettled, {place: backoff.failures for place, backoff in self._runtime.backoffs().items()})
 
     def shut_down(self) -> None:
@@ -270,8 +297,8 @@ class Orchestrator:
 
     def _service_status(self, name: str) -> dict[str, Any]:
         ours = [replica for replica in self._runtime.replicas() if replica.service == name]
-        states = {state: sum(r.state == state for r in ours) for state in ("starting", "standby", "ready", "draining")}
-        wanted = self._policy.wanted(self._orders.targets)[name]
+        states = self._states(name)
+        wanted = self._wanted()[name]
         seen = self._runner.observation.services.get(name) if self._runner.observation is not None else None
         signal_seen = seen.signal if seen is not None else None
         failures = {node: b.failures for (service, node), b in self._runtime.backoffs().items() if service == name}
@@ -279,8 +306,7 @@ class Orchestrator:
             "tier": self._services[name].tier,
             "wanted": {"ready": wanted.replicas, "standby": wanted.standby},
             "states": states,
-            "settled": states == {"starting": 0, "standby": wanted.standby, "ready": wanted.replicas, "draining": 0}
-            and not any(replica.outdated for replica in ours),
+            "settled": self._settled(name, states),
             "failures": failures,
             "signal": None if signal_seen is None else {
                 field: getattr(signal_seen, field)
@@ -289,6 +315,24 @@ class Orchestrator:
             "replicas": [
                 {"id": r.id, "node": r.node, "state": r.state, "url": r.url, **self._runtime.runs_as(r.id)} for r in ours
             ],
+        }  # fmt: skip
+
+    def _states(self, name: str, *, let_out_is_idle: bool = False) -> dict[str, int]:
+        """Replicas of a service by state; with `let_out_is_idle`, the surplus at work counts as the standbys that lack."""
+        ours = [replica.state for replica in self._runtime.replicas() if replica.service == name]
+        states = {state: ours.count(state) for state in ("starting", "standby", "ready", "draining")}
+        if let_out_is_idle:
+            wanted = self._wanted()[name]
+            out = max(0, min(states["ready"] - wanted.replicas, wanted.standby - states["standby"]))
+            states |= {"ready": states["ready"] - out, "standby": states["standby"] + out}
+        return states
+
+    def _settled(self, name: str, states: Mapping[str, int]) -> bool:
+        """Whether these states are as wanted, and no replica is outdated."""
+        wanted = self._wanted()[name]
+        outdated = any(replica.outdated for replica in self._runtime.replicas() if replica.service == name)
+        return not outdated and states == {
+            "starting": 0, "standby": wanted.standby, "ready": wanted.replicas, "draining": 0,
         }  # fmt: skip
 
     def _pipeline_status(self, name: str) -> dict[str, Any]:
@@ -334,7 +378,7 @@ class Orchestrator:
             on_death=self._publisher.forget,
         )
 
-    def _make_runner(self) -> Runner[ManualState]:
+    def _make_runner(self) -> Runner[Any]:
         return Runner(
             policy=self._policy,
             telemetry=self._telemetry,
@@ -343,12 +387,9 @@ class Orchestrator:
             orders=lambda: self._orders.targets,
             version=lambda: self._publisher.current.version,
             metrics=self._metrics,
-            prices=self._prices(),
+            prices=self._testbed.prices(),
             slot_s=self._testbed.control.slot,
         )
-
-    def _prices(self) -> Prices:
-        return Prices(**self._testbed.control.costs.model_dump())
 
     def _launches(self) -> dict[str, Launch]:
         return {name: self._launch(name) for name in self._testbed.services}

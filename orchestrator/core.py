@@ -7,7 +7,7 @@ survives JSON exactly (`decision_log`), so that a logged run can be decided agai
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from models.manifest import Tier
@@ -74,6 +74,17 @@ class Placement:
         """Replicas of a service over all nodes."""
         return Target(sum(self.ready.get(service, {}).values()), sum(self.standby.get(service, {}).values()))
 
+    def with_let_out(self, counts: Counts) -> Placement:
+        """The placement with so many replicas more at work, each in place of a standby as far as its node has one."""
+        ready = {service: dict(nodes) for service, nodes in self.ready.items()}
+        standby = {service: dict(nodes) for service, nodes in self.standby.items()}
+        for service, nodes in counts.items():
+            at_work, idle = ready.setdefault(service, {}), standby.setdefault(service, {})
+            for node, n in nodes.items():
+                at_work[node] = at_work.get(node, 0) + n
+                idle[node] = max(0, idle.get(node, 0) - n)
+        return replace(self, ready=ready, standby=standby)
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -89,6 +100,8 @@ class Replica:
     outdated: bool = False
     """Started from an older specification, or before the operator asked for a restart: to be replaced."""
     gpus: int = 0
+    let_out: bool = False
+    """At work because the data plane let it out, and no decision has been made yet that knows of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,5 +200,10 @@ class Runtime(Protocol):
     def replicas(self) -> tuple[Replica, ...]:
         """What runs now."""
 
-    def apply(self, desired: Placement) -> None:
-        """Make it the target and take the first steps towards it; the rest follows as replicas change state."""
+    def apply(self, desired: Placement, seen: Sequence[Replica] = ()) -> None:
+        """Make it the target and take the first steps towards it; the rest follows as replicas change state.
+
+        Args:
+            desired: the decision.
+            seen: what ran, by `replicas`, when it was made. What has been let out since then stays at work.
+        """

@@ -133,8 +133,14 @@ def take_down(state: StateDir) -> int:
     """
     daemon = state.read_daemon()
     if daemon is not None and daemon.is_alive():
-        with connect(state) as client:
-            client.shut_down()
+        try:
+            with connect(state) as client:
+                client.shut_down()
+        except RunFailed:
+            # One that was killed a moment ago does not answer, and may still be seen.
+            _wait_for_end_of(daemon.identity)
+            if daemon.is_alive():
+                raise
         _wait_for_end(daemon, STOP_LIMIT_S)
     # Whatever an orchestrator that died left behind.
     swept = asyncio.run(_sweep(state, daemon.testbed if daemon is not None else None))

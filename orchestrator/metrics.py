@@ -41,6 +41,10 @@ class Metrics:
         self._actions = CounterMetric(
             "espalier_controller_actions", "Actions by result.", ("action", "result"), registry=self._registry
         )
+        self._let_out = CounterMetric(
+            "espalier_controller_let_out", "Standbys that gateways have let out, by what came of it.",
+            ("stage", "result"), registry=self._registry,
+        )  # fmt: skip
         self._failures = CounterMetric(
             "espalier_replica_failures", "Replicas that ended unasked or could not be started.",
             ("stage", "node"), registry=self._registry,
@@ -63,6 +67,10 @@ class Metrics:
     def acted(self, action: str, result: str, times: int = 1) -> None:
         """Count an action."""
         self._actions.labels(action, result).inc(times)
+
+    def let_out(self, service: str, result: str) -> None:
+        """Count a standby that a gateway says it has let out: `ok`, `again` (it is at work already) or `refused`."""
+        self._let_out.labels(service, result).inc()
 
     def show(self, replicas: Iterable[Replica], desired: Placement | None) -> None:
         """Set the gauges of replicas; what is not there any more disappears."""

@@ -42,6 +42,11 @@ class Orders:
         """Order a number of replicas."""
         self._keep(Kept(targets={**self._kept.targets, service: target}, generations=self._kept.generations))
 
+    def release(self, service: str) -> None:
+        """Take an order back; without one nothing changes."""
+        left = {name: target for name, target in self._kept.targets.items() if name != service}
+        self._keep(Kept(targets=left, generations=self._kept.generations))
+
     def restart(self, services: list[str]) -> None:
         """Order that every replica of these services that runs now be replaced."""
         again = {service: self.generation(service) + 1 for service in services}

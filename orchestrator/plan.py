@@ -10,18 +10,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from models import manifest as manifests
 from models.manifest import Manifest, ManifestError, StageSpec
 from orchestrator import core, wiring
+from orchestrator.core import ScalingPolicy
 from orchestrator.errors import SetupFailed, UsageError
+from orchestrator.marked_yaml import Problem
+from orchestrator.placement import greedy
 from orchestrator.routes import Map
-from orchestrator.scaling.manual import Manual
+from orchestrator.scaling import policies, site
+from orchestrator.scaling.site import Site
+from orchestrator.simulator import sites
+from orchestrator.simulator import world as worlds
 from orchestrator.testbed import Loaded, Testbed
 from orchestrator.wiring import Wiring
 
 FIXED = ("name", "gateway")
 """Sections that cannot change while the testbed is up."""
+HOP_S = 0.001
+"""Time of a hop beside wait, compute and link [s]: HTTP and two event loops. `make bench` measures it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +63,54 @@ class Plan:
         """What the routes say beside the replicas."""
         return Map(self.testbed, self.manifests, self.wiring.pipelines)
 
-    def policy(self) -> Manual:
-        """The policy that decides how many replicas there are, and where."""
-        return Manual(
-            services=tuple(self.services().values()),
-            nodes=self.testbed.core_nodes(),
-            targets=self.testbed.targets(),
-            flows=self.testbed.flows(),
-            latencies_s=self.testbed.latencies_s(),
-            stale_after_s=self.testbed.control.stale_after,
+    def policy(self) -> ScalingPolicy[Any]:
+        """The policy that decides how many replicas there are, and where.
+
+        Raises:
+            TestbedInvalid: there is no such policy, or it has no such option.
+        """
+        named = self.testbed.control.policy
+        try:
+            return policies.make(named.name, self.site(), **named.options)
+        except ValueError as error:
+            raise self.loaded.complain([Problem(("control", "policy"), str(error))]) from None
+
+    def site(self) -> Site:
+        """What there is to scale: the file, and what the models' profiles know of their stages."""
+        testbed, services = self.testbed, self.services()
+        laws = {}
+        for name, section in testbed.services.items():
+            if section.precision in self.stage(name).profile:
+                laws[name] = sites.law_of(worlds.stage(section, services[name], self.manifests[section.model]))
+        sizes = {name: float(sum(tensor.bytes_per_item for tensor in self.stage(name).inputs)) for name in services}
+        hop_s = site.hop_times(
+            testbed.gateway_node, {name: service.nodes or tuple(testbed.nodes) for name, service in services.items()},
+            testbed.link_table(), sizes, HOP_S,
+        )  # fmt: skip
+        return Site(
+            services=tuple(services.values()),
+            nodes=testbed.core_nodes(),
+            targets=testbed.targets(),
+            flows=testbed.flows(),
+            latencies_s=testbed.latencies_s(),
+            stale_after_s=testbed.control.stale_after,
+            laws=laws,
+            promises={name: site.promise(pipeline, hop_s) for name, pipeline in self.wiring.pipelines.items()},
+            prices=testbed.prices(),
+            slot_s=testbed.control.slot,
         )
+
+    def place(self, targets: Mapping[str, core.Target], keep: core.Placement | None) -> core.Placement:
+        """Nodes for these targets.
+
+        Raises:
+            Infeasible: they do not fit.
+        """
+        testbed = self.testbed
+        return greedy.place(
+            tuple(self.services().values()), testbed.core_nodes(), targets,
+            flows=testbed.flows(), latencies_s=testbed.latencies_s(), keep=keep,
+        )  # fmt: skip
 
 
 def make(loaded: Loaded, models_dir: Path) -> Plan:
@@ -80,7 +127,9 @@ def make(loaded: Loaded, models_dir: Path) -> Plan:
     wired = wiring.wire(loaded.testbed, found)
     if wired.problems:
         raise loaded.complain(wired.problems)
-    return Plan(loaded, found, wired)
+    plan = Plan(loaded, found, wired)
+    plan.policy()
+    return plan
 
 
 def between(old: Plan, new: Plan) -> Plan:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from models.manifest import Manifest
 from orchestrator.core import Replica
@@ -35,17 +36,17 @@ class Map:
     manifests: Mapping[str, Manifest]
     pipelines: Mapping[str, Pipeline]
 
-    def routes(self, replicas: Sequence[Replica], version: int) -> Routes:
-        """The document with these replicas."""
+    def routes(self, replicas: Sequence[Replica], version: int, allowance: Mapping[str, int] = MappingProxyType({})) -> Routes:
+        """The document with these replicas, and so many standbys of each service to be let out; none without an entry."""
         return Routes(
             version=version,
             testbed=self.testbed.name,
-            services={name: self._service(name, replicas) for name in self.testbed.services},
+            services={name: self._service(name, replicas, allowance.get(name, 0)) for name in self.testbed.services},
             pipelines=self.pipelines,
             links=self._links(),
         )
 
-    def _service(self, name: str, replicas: Sequence[Replica]) -> Service:
+    def _service(self, name: str, replicas: Sequence[Replica], allowance: int) -> Service:
         section = self.testbed.services[name]
         manifest = self.manifests[section.model]
         stage = manifest.stage(section.stage)
@@ -59,15 +60,13 @@ class Map:
             replicas=tuple(
                 document.Replica(id=r.id, node=r.node, url=r.url, state=r.state) for r in replicas if r.service == name
             ),
+            allowance=allowance,
         )
 
     def _links(self) -> dict[str, dict[str, Link]]:
         links: dict[str, dict[str, Link]] = {}
-        for section in self.testbed.links:
-            link = Link(latency_s=section.latency, bandwidth_bytes_per_s=section.bandwidth)
-            a, b = section.between
+        for (a, b), link in self.testbed.link_table().items():
             links.setdefault(a, {})[b] = link
-            links.setdefault(b, {})[a] = link
         return links
 
 
@@ -98,10 +97,10 @@ class Publisher:
         """The next `publish` follows this plan: other services, pipelines or links."""
         self._plan = plan
 
-    def publish(self, replicas: Sequence[Replica]) -> int:
-        """Publish the replicas if that changes anything; the version they are known under."""
+    def publish(self, replicas: Sequence[Replica], allowance: Mapping[str, int] = MappingProxyType({})) -> int:
+        """Publish replicas and allowances if that changes anything; the version they are known under."""
         version = self.current.version
-        routes = self._plan.routes(replicas, version)
+        routes = self._plan.routes(replicas, version, allowance)
         if routes != self._published:
             self._issue(routes.model_copy(update={"version": version + 1}))
         else:

@@ -24,6 +24,8 @@ from orchestrator.metrics import Metrics
 log = logging.getLogger(__name__)
 
 OBSERVE_LIMIT_S = 5.0
+NUDGE_S = 0.1
+"""What may come in bursts begins a slot at most this often [s]."""
 
 S = TypeVar("S")
 
@@ -50,6 +52,7 @@ class Runner(Generic[S]):
         self._slot_s, self._clock = slot_s, clock
         self._state = policy.initial()
         self._wake = asyncio.Event()
+        self._nudged: asyncio.TimerHandle | None = None
         self._logging = True
         self._accounted_t, self._accounted_starts = clock(), runtime.starts
         self.cost = Cost()
@@ -61,7 +64,7 @@ class Runner(Generic[S]):
     def change(self, policy: ScalingPolicy[S], *, prices: Prices, slot_s: float) -> None:
         """Step another policy from now on, beginning with a slot at once; its first state is its own."""
         self.account()
-        self._policy, self._state = policy, policy.initial()
+        self._policy, self._state, self.desired = policy, policy.initial(), None
         self._prices, self._slot_s = prices, slot_s
         self.wake()
 
@@ -69,10 +72,18 @@ class Runner(Generic[S]):
         """Begin the next slot now."""
         self._wake.set()
 
+    def nudge(self) -> None:
+        """Begin the next slot soon, after `NUDGE_S`: for what may come in bursts, which then is one slot's business."""
+        if self._nudged is None:
+            self._nudged = asyncio.get_running_loop().call_later(NUDGE_S, self.wake)
+
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             self._wake.clear()
+            if self._nudged is not None:
+                self._nudged.cancel()
+                self._nudged = None
             try:
                 await self.tick()
             except Exception:
@@ -89,11 +100,12 @@ class Runner(Generic[S]):
         self.account()
         with self._metrics.tick.time():
             async with asyncio.timeout(OBSERVE_LIMIT_S):
-                seen = await self._telemetry.observe(self._clock(), self._runtime.replicas())
+                replicas = self._runtime.replicas()
+                seen = await self._telemetry.observe(self._clock(), replicas)
             observation = replace(seen, orders=dict(self._orders()))
             state, decision = self._policy.step(self._state, observation)
             if decision.desired is not None:
-                self._runtime.apply(decision.desired)
+                self._runtime.apply(decision.desired, replicas)
                 self.desired = decision.desired
             if self.decision is None or decision.reason != self.decision.reason:
                 log.info("decision: %s", decision.reason)

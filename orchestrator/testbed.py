@@ -22,10 +22,12 @@ from pydantic_core import ErrorDetails
 from loadgen import arrivals
 from models.manifest import Name, Precision, Tier
 from orchestrator import core, marked_yaml, units
+from orchestrator.costs import Prices
 from orchestrator.errors import Infeasible, TestbedInvalid
 from orchestrator.marked_yaml import Problem
 from orchestrator.placement import greedy
 from services.dataplane.pipeline import REQUEST, name_of, step_of
+from services.dataplane.routes import Link
 
 Duration = Annotated[float, BeforeValidator(units.duration_s)]
 Size = Annotated[int, BeforeValidator(units.size_bytes)]
@@ -33,11 +35,13 @@ Bandwidth = Annotated[float, BeforeValidator(units.bytes_per_s)]
 MISSING = "is missing"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a file that a person writes: nothing in it is unknown."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class NodeSection(_Section):
+class NodeSection(Section):
     """A machine. In the processes runtime, nodes are shares of this one."""
 
     cpus: float = Field(gt=0)
@@ -45,7 +49,7 @@ class NodeSection(_Section):
     gpus: int = Field(default=0, ge=0)
 
 
-class LinkSection(_Section):
+class LinkSection(Section):
     """What lies between two nodes, the same in both directions."""
 
     between: tuple[Name, Name]
@@ -53,14 +57,14 @@ class LinkSection(_Section):
     bandwidth: Bandwidth = Field(gt=0)
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """A foundation model, exported as stages into a directory of its own."""
 
     source: str = Field(min_length=1)
     precisions: tuple[Precision, ...] = Field(default=("float32",), min_length=1)
 
 
-class ServiceSection(_Section):
+class ServiceSection(Section):
     """A stage as deployed."""
 
     model: Name
@@ -95,7 +99,7 @@ class ServiceSection(_Section):
         return max(1.0, self.cpus) if self.cpu_limit is None else self.cpu_limit
 
 
-class StepSection(_Section):
+class StepSection(Section):
     """One visit to a service; inputs that are not named are wired by tensor name (`orchestrator.wiring`)."""
 
     id: Name
@@ -105,7 +109,7 @@ class StepSection(_Section):
     """Look for unnamed inputs only in this step and its ancestors."""
 
 
-class PipelineSection(_Section):
+class PipelineSection(Section):
     """A DAG of steps that answers one type of task."""
 
     deadline: Duration = Field(gt=0)
@@ -114,7 +118,7 @@ class PipelineSection(_Section):
     outputs: Mapping[str, str] = Field(min_length=1)
 
 
-class GatewaySection(_Section):
+class GatewaySection(Section):
     """The door of the testbed."""
 
     node: Name | None = None
@@ -124,7 +128,7 @@ class GatewaySection(_Section):
     """0: any free one."""
 
 
-class CostsSection(_Section):
+class CostsSection(Section):
     """Prices, in the testbed's cost unit."""
 
     cpu_second: float = Field(default=1.0, ge=0)
@@ -135,9 +139,23 @@ class CostsSection(_Section):
     """One start of a replica."""
 
 
-class ControlSection(_Section):
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class PolicySection(Section):
+    """Who decides how many replicas there are; a name alone stands for it with its defaults."""
+
+    name: str = "lyapunov"
+    """One of `orchestrator.scaling.policies.POLICIES`."""
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    """Its parameters; the others are its defaults."""
+
+
+class ControlSection(Section):
     """How the orchestrator works."""
 
+    policy: Annotated[PolicySection, BeforeValidator(_named)] = PolicySection()
     slot: Duration = Field(default=1.0, ge=0.05)
     port: int = Field(default=0, ge=0, le=65535)
     """Of the control plane, on the loopback interface; 0: any free one, kept across restarts."""
@@ -150,7 +168,7 @@ class ControlSection(_Section):
     costs: CostsSection = CostsSection()
 
 
-class Testbed(_Section):
+class Testbed(Section):
     """The whole file. See `load`."""
 
     __test__ = False
@@ -190,6 +208,15 @@ class Testbed(_Section):
         both = [(link.between, link.latency) for link in self.links]
         return {pair: latency for (a, b), latency in both for pair in ((a, b), (b, a))}
 
+    def link_table(self) -> dict[tuple[str, str], Link]:
+        """(from, to) -> link, both ways."""
+        found = [(s.between, Link(latency_s=s.latency, bandwidth_bytes_per_s=s.bandwidth)) for s in self.links]
+        return {pair: link for (a, b), link in found for pair in ((a, b), (b, a))}
+
+    def prices(self) -> Prices:
+        """What things cost."""
+        return Prices(**self.control.costs.model_dump())
+
     def flows(self) -> frozenset[tuple[str, str]]:
         """Pairs of services that pass tensors on in some pipeline, by the order of its steps."""
         lines = [[step.service for step in pipeline.steps] for pipeline in self.pipelines.values()]
@@ -208,7 +235,7 @@ class Loaded:
 
     def complain(self, problems: Iterable[Problem]) -> TestbedInvalid:
         """The error for problems found later, in the file's own terms."""
-        return TestbedInvalid(_sentences(problems, self.marked, self.path))
+        return TestbedInvalid(sentences(problems, self.marked, self.path))
 
 
 def load(path: Path) -> Loaded:
@@ -236,11 +263,11 @@ def parse(text: str, path: str) -> Loaded:
         try:
             testbed = Testbed.model_validate(marked.data)
         except ValidationError as error:
-            problems += _translate_all(error.errors(include_url=False), marked.data)
+            problems += translate(error, marked.data, Testbed)
     if testbed is not None:
         problems += check(testbed)
     if problems or testbed is None:
-        raise TestbedInvalid(_sentences(problems, marked, path))
+        raise TestbedInvalid(sentences(problems, marked, path))
     return Loaded(testbed, marked, path, text, hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -402,7 +429,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _sentences(problems: Iterable[Problem], marked: marked_yaml.Marked, path: str) -> list[str]:
+def sentences(problems: Iterable[Problem], marked: marked_yaml.Marked, path: str) -> list[str]:
+    """Problems as `file:line: field: problem`, in the order of the file."""
     placed = [(problem.line or marked.line(problem.path), problem) for problem in problems]
     placed.sort(key=lambda pair: pair[0])
     return [f"{path}:{line}: {dotted(problem.path)}: {problem.message}" for line, problem in placed]
@@ -414,21 +442,21 @@ def dotted(path: marked_yaml.Path) -> str:
     return text.removeprefix(".") or "document"
 
 
-def _translate_all(details: Sequence[ErrorDetails], data: Any) -> list[Problem]:
+def translate(error: ValidationError, data: Any, model: type[BaseModel]) -> list[Problem]:
     """Pydantic's complaints in our words; a field that is missing only because it is misspelt is one problem, not two."""
-    problems = [_translate(detail, data) for detail in details]
+    problems = [_translate(detail, data, model) for detail in error.errors(include_url=False)]
     meant = {(*problem.path[:-1], problem.message.rpartition("did you mean ")[2].rstrip("?")) for problem in problems}
     return [problem for problem in problems if not (problem.message == MISSING and problem.path in meant)]
 
 
-def _translate(detail: ErrorDetails, data: Any) -> Problem:
+def _translate(detail: ErrorDetails, data: Any, model: type[BaseModel]) -> Problem:
     path = tuple(part for part in detail["loc"] if part != "[key]")
     context, said = detail.get("ctx", {}), _uncapital(detail["msg"])
     # Quantities are read before they are checked; quote them as they were written.
     given = _short(detail["input"] if detail["loc"] != path or detail["type"] == "missing" else _at(data, path))
     match detail["type"]:
         case "extra_forbidden":
-            message = _unknown_field(path, data)
+            message = _unknown_field(path, data, model)
         case "missing":
             message = MISSING
         case "value_error":
@@ -445,8 +473,8 @@ def _translate(detail: ErrorDetails, data: Any) -> Problem:
     return Problem(path, message)
 
 
-def _unknown_field(path: marked_yaml.Path, data: Any) -> str:
-    fields, taken = _fields_at(Testbed, path[:-1]), _at(data, path[:-1])
+def _unknown_field(path: marked_yaml.Path, data: Any, model: type[BaseModel]) -> str:
+    fields, taken = _fields_at(model, path[:-1]), _at(data, path[:-1])
     near = did_you_mean(str(path[-1]), [field for field in fields if field not in taken])
     return f"unknown field{near or '; there are ' + ', '.join(fields)}"
 

@@ -5,12 +5,10 @@ Where no engine answers, tests that need one are skipped; with `ESPALIER_REQUIRE
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import tarfile
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -68,10 +66,6 @@ def connect() -> docker.APIClient:
         return docker.APIClient(**docker.utils.kwargs_from_env(), version="auto", timeout=60)
     except docker.errors.DockerException as error:
         problem = str(error)
-    # The package leaves a socket that could not connect to the garbage collector, which would complain in some later test.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
     return give_up(f"no Docker engine answers: {problem}")
 
 

@@ -1,7 +1,7 @@
 """Other ways of placing the core tier, behind one signature, for comparison with the program.
 
-All place the same replicas (`staffing.targets`) within the nodes' capacities and where each service may run; none looks at
-links, deadlines or losses but for `greedy_latency` (nearness) and `genetic` (the program's objective).
+All place the same replicas (`staffing.targets`). Only `greedy_latency` looks at nearness, and `genetic` at the program's
+objective; the heuristics themselves are those that the program falls back to (`heuristics`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import numpy as np
 
 from orchestrator.core import Placement
 from orchestrator.errors import Infeasible
+from orchestrator.placement import heuristics
+from orchestrator.placement.flows import cost_of
 from orchestrator.placement.problem import EPSILON, Floats, Problem
-from orchestrator.placement.program import cost_of, heuristic
 from orchestrator.placement.staffing import targets
 
 Baseline = Callable[[Problem, int], Placement]
@@ -31,24 +32,23 @@ MISFIT = 1e6
 def random(problem: Problem, seed: int) -> Placement:
     """Every replica on any node with room, all alike."""
     rng = np.random.default_rng(seed)
-    return _pack(problem, lambda s, n, x: float(rng.random()))
+    return heuristics.pack(problem, lambda s, n, x: float(rng.random()))
 
 
 def spread(problem: Problem, seed: int) -> Placement:
-    """Every replica on the node with the fewest of its service, then with the fewest cores reserved."""
-    arrays = problem.arrays
-    return _pack(problem, lambda s, n, x: float(x[s, n]) * 1e6 + float(arrays.needs[:, 0] @ x[:, n] / arrays.capacity[n, 0]))
+    """See `heuristics.spread`."""
+    return heuristics.spread(problem)
 
 
 def bin_pack(problem: Problem, seed: int) -> Placement:
     """Every replica on the node with the least cores left that still has room (best fit)."""
     arrays = problem.arrays
-    return _pack(problem, lambda s, n, x: float(arrays.capacity[n, 0] - arrays.needs[:, 0] @ x[:, n]))
+    return heuristics.pack(problem, lambda s, n, x: float(arrays.capacity[n, 0] - arrays.needs[:, 0] @ x[:, n]))
 
 
 def greedy_latency(problem: Problem, seed: int) -> Placement:
-    """The live system's heuristic: spread, and among equals near to the services it talks to (`greedy.place`)."""
-    return heuristic(problem, None)
+    """See `heuristics.near`."""
+    return heuristics.near(problem)
 
 
 def genetic(problem: Problem, seed: int) -> Placement:
@@ -87,22 +87,6 @@ def genetic(problem: Problem, seed: int) -> Placement:
 BASELINES: Mapping[str, Baseline] = {
     "random": random, "spread": spread, "bin-pack": bin_pack, "greedy-latency": greedy_latency, "genetic": genetic,
 }  # fmt: skip
-
-
-def _pack(problem: Problem, badness: Callable[[int, int, Floats], float]) -> Placement:
-    """Replicas one by one, services that need most first, each on the node with room and the least badness(s, n, x)."""
-    arrays, wanted = problem.arrays, targets(problem)
-    names = list(arrays.service)
-    x = np.zeros((len(names), len(problem.nodes)))
-    for s in sorted(range(len(names)), key=lambda s: (*-arrays.needs[s, ::-1], s)):
-        for number in range(wanted[names[s]].replicas):
-            room = arrays.capacity - x.T @ arrays.needs + EPSILON * 1e3
-            fitting = [n for n in range(len(problem.nodes)) if arrays.allowed[s, n] and (arrays.needs[s] <= room[n]).all()]
-            if not fitting:
-                raise Infeasible(f"no node has room for replica {number + 1} of {wanted[names[s]].replicas} of {names[s]}")
-            scores = [(badness(s, n, x), n) for n in fitting]
-            x[s, min(scores)[1]] += 1
-    return arrays.placement(x)
 
 
 def _genes(x: Floats) -> list[int]:

@@ -6,20 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from orchestrator.core import Node, Placement, Service, Target
-from orchestrator.placement import flows, greedy
+from orchestrator.placement import flows, greedy, trials
 from orchestrator.placement.problem import Floats, Problem
 from orchestrator.placement.program import Limits, Program, Solution
+from orchestrator.placement.trials import NOTHING_LOST, Trial, Tried, Withstood
 
 HOW = {
     "optimal": "integer program, within the gap asked for",
     "incumbent": "integer program, the best found within the time limit",
-    "greedy": "greedy heuristic: the integer program found nothing that survives every loss within the time limit",
+    "greedy": "greedy heuristic: within the time limit the integer program found nothing cheaper that survives every loss",
+    "spread": "even spread: within the time limit the integer program found nothing cheaper that survives every loss",
 }
 
 
@@ -32,51 +34,73 @@ class Plan:
     placement: Placement
     """Core services from the program, light ones in the room they leave."""
     assumptions: tuple[str, ...]
+    light: tuple[Service, ...] = ()
+    """Services beside those of the problem."""
+    withstood: Withstood | None = None
+    """The trials that it was chosen by, if there were any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What stands beside the core services, and what stood there before."""
+
+    light: tuple[Service, ...] = ()
+    """Services placed greedily, in the room that the core leaves."""
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    """Replicas wanted, by light service, and standbys of any service."""
+    flows: tuple[tuple[str, str], ...] = ()
+    """Pairs of services that pass tensors on."""
+    current: Placement | None = None
+    """What runs; light services stay where they can."""
 
 
 def make(
     problem: Problem,
     limits: Limits,
+    beside: Beside | None = None,
     *,
-    light: Sequence[Service] = (),
-    targets: Mapping[str, Target] | None = None,
-    flows_between: Sequence[tuple[str, str]] = (),
-    current: Placement | None = None,
     assumptions: Sequence[str] = (),
+    trial: Trial | None = None,
 ) -> Plan:
     """Place everything.
 
     Args:
         problem: of the core services.
         limits: of the program.
-        light: services beside them, placed greedily; `targets` says how many replicas of each.
-        targets: replicas wanted, by light service, and standbys of any service.
-        flows_between: pairs of services that pass tensors on.
-        current: what runs; moving core services is charged for, and light ones stay where they can.
+        beside: everything else.
         assumptions: what the problem took for granted.
+        trial: tries placements of the core services; the one that withstands it is taken.
 
     Raises:
         Infeasible: the core services cannot keep every rule (with the smallest relaxation), or the light ones find no room.
     """
-    solution = Program(problem, limits).solve(current)
-    placed = _with_light(problem, solution.placement, light, targets or {}, flows_between, current)
-    return Plan(problem, solution, placed, tuple(assumptions))
+    beside = beside or Beside()
+    withstood = None if trial is None else trials.withstand(problem, limits, trial, beside.current)
+    solution = Program(problem, limits).solve(beside.current) if withstood is None else withstood.best.solution
+    return Plan(problem, solution, whole(problem, beside, solution.placement), tuple(assumptions), beside.light, withstood)
 
 
-def _with_light(
-    problem: Problem,
-    core: Placement,
-    light: Sequence[Service],
-    targets: Mapping[str, Target],
-    flows_between: Sequence[tuple[str, str]],
-    current: Placement | None,
-) -> Placement:
-    """Light services and all standbys greedily, in the room that the program's core services leave on every node."""
-    room = [_left(node, problem, core) for node in problem.nodes]
-    wanted = {s.name: targets.get(s.name, Target(1)) for s in light}
-    idle = [h.service for h in problem.services if targets.get(h.service.name, Target(0)).standby]
-    wanted |= {s.name: Target(0, targets[s.name].standby) for s in idle}
-    places = greedy.place([*light, *idle], room, wanted, flows=flows_between, latencies_s=problem.latencies_s, keep=current)
+def whole(problem: Problem, beside: Beside, core: Placement, lost: str | None = None) -> Placement:
+    """Core services as they were placed, and greedily in the room they leave light services and all standbys.
+
+    Args:
+        problem: of the core services.
+        beside: everything else.
+        core: the core services' placement.
+        lost: a node that is gone, with what stood on it; the light services go elsewhere.
+
+    Raises:
+        Infeasible: they find no room.
+    """
+    here = [node for node in problem.nodes if node.name != lost]
+    core = Placement({s: {n: c for n, c in row.items() if n != lost} for s, row in core.ready.items()})
+    wanted = {s.name: beside.targets.get(s.name, Target(1)) for s in beside.light}
+    idle = [h.service for h in problem.services if beside.targets.get(h.service.name, Target(0)).standby]
+    wanted |= {s.name: Target(0, beside.targets[s.name].standby) for s in idle}
+    room = [_left(node, problem, core) for node in here]
+    places = greedy.place(
+        [*beside.light, *idle], room, wanted, flows=beside.flows, latencies_s=problem.latencies_s, keep=beside.current
+    )  # fmt: skip
     return Placement({**core.ready, **places.ready}, places.standby)
 
 
@@ -109,8 +133,21 @@ def document(plan: Plan) -> dict[str, Any]:
         "binding": [{"rule": rule, "subject": subject} for rule, subject in s.binding],
         "why": {h.service.name: _why(plan.problem, x, i) for i, h in enumerate(plan.problem.services)},
         "busiest_link": _busiest(plan.problem, x),
+        "trials": None if plan.withstood is None else _trials(plan.withstood),
         "assumptions": list(plan.assumptions),
     }
+
+
+def _trials(withstood: Withstood) -> dict[str, Any]:
+    def told(tried: Tried) -> dict[str, Any]:
+        asked = {node: {"load": s.load, "deadline_share": s.deadline} for node, s in tried.strains.items()}
+        lost = {node: share for node, share in tried.on_time.items() if node != NOTHING_LOST}
+        return {
+            "name": tried.name, "cost_per_s": tried.solution.cost, "on_time": tried.on_time[NOTHING_LOST],
+            "on_time_without": lost, "asked": asked,
+        }  # fmt: skip
+
+    return {"level": withstood.level, "chosen": withstood.best.name, "tried": [told(tried) for tried in withstood.tried]}
 
 
 def survives(plan: Plan) -> bool:
@@ -170,12 +207,25 @@ def _reasons(plan: Plan) -> list[str]:
     left = ", ".join(f"{node} {share:.0%}" for node, share in s.carried.items())
     kept = "kept" if told["survives"] else "NOT kept"
     said.append(f"load still carried without: {left} (at least {plan.problem.parameters.gamma:.0%} promised: {kept})")
+    if plan.withstood is not None:
+        said += _tried_lines(plan.withstood)
     if told["busiest_link"] is not None:
         link = told["busiest_link"]
         said.append(f"busiest link: {link['from']} -> {link['to']}, {link['share']:.1%} of its bandwidth")
     tight = "; ".join(f"{rule} ({subject})" for rule, subject in s.binding)
     said.append(f"binding: {tight or 'nothing'}")
     return said + [f"assumed: {assumption}" for assumption in plan.assumptions]
+
+
+def _tried_lines(withstood: Withstood) -> list[str]:
+    best, found = withstood.best, []
+    for tried in withstood.tried:
+        asked = f"; asked for more without {', '.join(tried.strains)}" if tried.strains else ""
+        weakest = min(tried.on_time, key=lambda node: tried.on_time[node])
+        at = f"without {weakest}" if weakest != NOTHING_LOST else "with nothing lost"
+        found.append(f"simulated, {tried.name}: cost {tried.solution.cost:.4g}, at worst {tried.worst:.1%} on time {at}{asked}")
+    kept = "kept" if best.worst >= withstood.level else "NOT kept"
+    return [*found, f"chosen: {best.name} (at least {withstood.level:.1%} on time after any loss asked for: {kept})"]
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

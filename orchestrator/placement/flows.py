@@ -8,6 +8,8 @@ Wets 1969): this is how `program` demands survival without a copy of all flows p
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,12 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
+from orchestrator.core import Placement
 from orchestrator.placement.problem import EPSILON, Bools, Demand, Floats, Problem, in_time
+from orchestrator.placement.staffing import targets
+
+SHORTFALL = 1e-6
+"""By so much a share carried may miss gamma, for the solver's tolerances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,7 @@ class Carried:
     """What is left after a loss."""
 
     share: float
-    """Of every demand, within its deadline; 0..1."""
+    """Of every demand, within its deadline; from 0, at most what was searched for."""
     prices: Floats
     """d share / d x[s, n] at this x, shape (s, n); >= 0, and 0 on the lost node."""
 
@@ -38,9 +45,11 @@ class Routed:
     """Largest traffic / bandwidth."""
     links: Floats
     """Traffic [bytes/s], shape (n, n)."""
+    tasks: Floats
+    """Hops of tasks from node to node [1/s], shape (n, n); those that stay on a node on the diagonal."""
 
 
-def carried(problem: Problem, x: Floats, lost: int, hosts: Bools | None = None) -> Carried:
+def carried(problem: Problem, x: Floats, lost: int, hosts: Bools | None = None, most: float = 1.0) -> Carried:
     """Share of the load that still flows when node `lost` is gone.
 
     Args:
@@ -48,10 +57,11 @@ def carried(problem: Problem, x: Floats, lost: int, hosts: Bools | None = None) 
         x: replicas, shape (s, n).
         lost: index of the node.
         hosts: where services may be, beside where they are: `prices` are right for these. Default: where x is.
+        most: where the search for more ends; above 1 it finds how much the load could grow.
     """
     hosts = x > 0.5 if hosts is None else hosts
     rows = _Rows(problem, hosts, lost)
-    sigma = rows.column(1, 0.0, 1.0)[0]
+    sigma = rows.column(1, 0.0, most)[0]
     rows.cost[sigma] = -1.0
     for demand in problem.arrays.commodities(lost):
         rows.route(demand, sigma, 0.0)
@@ -62,7 +72,7 @@ def carried(problem: Problem, x: Floats, lost: int, hosts: Bools | None = None) 
     prices = np.zeros_like(x)
     for row, (s, n) in cells.items():
         prices[s, n] = -result.ineqlin.marginals[row] * p.utilisation_after_loss * problem.arrays.throughput[s]
-    return Carried(min(1.0, max(0.0, float(-result.fun))), prices)
+    return Carried(min(most, max(0.0, float(-result.fun))), prices)
 
 
 def route(problem: Problem, x: Floats) -> Routed | None:
@@ -79,10 +89,11 @@ def route(problem: Problem, x: Floats) -> Routed | None:
     result = rows.solve()
     if result.status != 0:
         return None
-    links = np.zeros_like(problem.arrays.latency)
-    for column, u, v, per_share in rows.traffic:
-        links[u, v] += per_share * result.x[column]
-    return Routed(float(result.fun - p.link_weight * result.x[busiest]), float(result.x[busiest]), links)
+    links, tasks = np.zeros_like(problem.arrays.latency), np.zeros_like(problem.arrays.latency)
+    for column, u, v, rate, size in rows.traffic:
+        tasks[u, v] += rate * result.x[column]
+        links[u, v] += rate * size * result.x[column]
+    return Routed(float(result.fun - p.link_weight * result.x[busiest]), float(result.x[busiest]), links, tasks)
 
 
 @dataclass(slots=True)
@@ -100,8 +111,8 @@ class _Rows:
     limits: list[float] = field(default_factory=list)
     work: list[tuple[int, int, int, float]] = field(default_factory=list)
     """(column, service, node, tasks/s per unit of the column)."""
-    traffic: list[tuple[int, int, int, float]] = field(default_factory=list)
-    """(column, from node, to node, bytes/s per unit of the column)."""
+    traffic: list[tuple[int, int, int, float, float]] = field(default_factory=list)
+    """(column, from node, to node, tasks/s per unit of the column, bytes per task)."""
 
     def column(self, number: int, low: float, high: float) -> list[int]:
         """New variables between two bounds, at no cost."""
@@ -121,7 +132,7 @@ class _Rows:
         for visit in demand.visits:
             s = arrays.service[visit.service]
             nodes = [int(n) for n in np.flatnonzero(self.hosts[s]) if n != self.lost]
-            shares[visit.id] = dict(zip(nodes, self.column(len(nodes), 0.0, 1.0), strict=True))
+            shares[visit.id] = dict(zip(nodes, self.column(len(nodes), 0.0, math.inf), strict=True))
             self.work += [(column, s, n, demand.rate) for n, column in shares[visit.id].items()]
         ends = {int(n): 0 for n in np.flatnonzero(entry > 0)}
         allowed = in_time(self.problem, demand, self.hosts, self.lost)
@@ -134,9 +145,9 @@ class _Rows:
             for u in sources:
                 for v in targets:
                     if pairs[u, v]:
-                        column = self.column(1, 0.0, 1.0)[0]
+                        column = self.column(1, 0.0, math.inf)[0]
                         self.cost[column] = weight * demand.rate * way[u, v]
-                        self.traffic.append((column, u, v, demand.rate * edge.bytes_per_task))
+                        self.traffic.append((column, u, v, demand.rate, edge.bytes_per_task))
                         out[u].append(column)
                         into[v].append(column)
             for columns, end, side in ((out, edge.source, sources), (into, edge.target, targets)):
@@ -160,7 +171,7 @@ class _Rows:
         """Traffic of each link and direction within its share of the bandwidth; column `busiest` is the largest share."""
         bandwidth = self.problem.arrays.bandwidth
         lines: dict[tuple[int, int], int] = {}
-        for column, u, v, per_unit in self.traffic:
+        for column, u, v, rate, size in self.traffic:
             if not np.isfinite(bandwidth[u, v]):
                 continue
             if (u, v) not in lines:
@@ -168,7 +179,7 @@ class _Rows:
                 self.limits.append(0.0 if busiest is not None else share)
                 if busiest is not None:
                     self.below.append((lines[u, v], busiest, -1.0))
-            self.below.append((lines[u, v], column, per_unit / bandwidth[u, v]))
+            self.below.append((lines[u, v], column, rate * size / bandwidth[u, v]))
 
     def solve(self) -> Any:
         """HiGHS's answer, as scipy gives it."""
@@ -189,6 +200,50 @@ def _sparse(entries: list[tuple[int, int, float]], rows: int, columns: int) -> c
 def survivors(problem: Problem, x: Floats) -> dict[str, float]:
     """Node -> share of every demand still carried once that node is lost."""
     return {node.name: carried(problem, x, n).share for n, node in enumerate(problem.nodes)}
+
+
+def cost_of(problem: Problem, x: Floats, current: Placement | None = None) -> float:
+    """The objective of any placement; infinite where its replicas cannot carry the load."""
+    p, arrays = problem.parameters, problem.arrays
+    routed = route(problem, x)
+    if routed is None:
+        return float("inf")
+    old = arrays.counts(current) if current is not None else np.zeros_like(x)
+    rented = p.cpu_price * float(arrays.needs[:, 0] @ x.sum(axis=1)) + p.node_price * float((x.sum(axis=0) > 0).sum())
+    moved = p.move_price * float(np.maximum(x - old, 0).sum()) + p.drop_price * float(np.maximum(old - x, 0).sum())
+    return rented + moved + routed.latency_cost + p.link_weight * routed.busiest_link
+
+
+def least_rent(problem: Problem) -> float:
+    """What the cores of the replicas cost at least [cost units/s]: fewer are too few for the load, kappa or a loss."""
+    p, arrays = problem.parameters, problem.arrays
+    wanted = targets(problem)
+    return p.cpu_price * sum(float(arrays.needs[s, 0]) * wanted[name].replicas for name, s in arrays.service.items())
+
+
+def keeps(problem: Problem, x: Floats, left: Mapping[str, float]) -> bool:
+    """Whether a placement keeps every rule of the program.
+
+    Args:
+        problem: with the rules.
+        x: replicas, shape (s, n).
+        left: what every loss leaves of it, of `survivors`.
+    """
+    p, arrays = problem.parameters, problem.arrays
+    nodes, free, reserve = (x > 0.5).sum(axis=1), arrays.capacity - x.T @ arrays.needs, np.array(problem.reserve)
+    used, rent = int((x.sum(axis=0) > 0.5).sum()), p.cpu_price * float(arrays.needs[:, 0] @ x.sum(axis=1))
+    return bool(
+        fits(problem, x)
+        and (x.sum(axis=1) >= arrays.need).all()
+        and (nodes >= p.kappa).all()
+        and (p.most_nodes is None or (nodes <= p.most_nodes).all())
+        and (p.most_nodes_in_all is None or used <= p.most_nodes_in_all)
+        and (p.budget is None or rent <= p.budget + EPSILON)
+        and (free.sum(axis=0) >= reserve - EPSILON).all()
+        and (free.sum(axis=0) - free >= p.gamma * reserve - EPSILON).all()
+        and all(share >= p.gamma - SHORTFALL for share in left.values())
+        and route(problem, x) is not None
+    )
 
 
 def fits(problem: Problem, x: Floats) -> bool:

@@ -103,6 +103,8 @@ class Parameters:
     """Of a replica where none runs now, per second: its start, spread over the time the placement is to last."""
     drop_price: float = 0.0
     """Of a replica that runs now and is given up."""
+    budget: float | None = None
+    """Most that the cores of all replicas may cost per second."""
 
     def __post_init__(self) -> None:
         """Reject what no placement could mean."""
@@ -117,6 +119,22 @@ class Parameters:
         for key in ("cpu_price", "node_price", "latency_weight", "link_weight", "move_price", "drop_price"):
             if getattr(self, key) < 0:
                 raise UsageError(f"{key} is {getattr(self, key):g}; it must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Strain:
+    """How hard the time after a loss is taken to be."""
+
+    load: float
+    """What is to be carried, as a share of every pipeline's load; above 1 for replicas that are less than full then."""
+    deadline: float = 1.0
+    """Share of its deadline that a task may take without waiting; the rest is left for waits."""
+
+    def on(self, problem: Problem) -> Problem:
+        """The problem as it is to be judged after that loss."""
+        if self.deadline == 1.0:
+            return problem
+        return replace(problem, demands=tuple(replace(d, deadline_s=d.deadline_s * self.deadline) for d in problem.demands))
 
 
 @dataclass(frozen=True)

@@ -24,20 +24,20 @@ import cvxpy as cp
 import numpy as np
 from scipy.sparse import csr_array
 
-from orchestrator.core import Placement
+from orchestrator.core import Placement, Target
 from orchestrator.errors import EspalierError, Infeasible
-from orchestrator.placement import flows, greedy
-from orchestrator.placement.problem import EPSILON, RESOURCES, Bools, Demand, Edge, Floats, Problem, in_time
-from orchestrator.placement.staffing import targets
+from orchestrator.placement import flows, heuristics
+from orchestrator.placement.flows import SHORTFALL
+from orchestrator.placement.problem import EPSILON, RESOURCES, Bools, Demand, Edge, Floats, Problem, Strain, in_time
 
-Status = Literal["optimal", "incumbent", "greedy"]
-"""Within the gap asked for; the best that was found in time; the heuristic, since nothing was found in time."""
+Status = Literal["optimal", "incumbent", "greedy", "spread"]
+"""Within the gap asked for; at the time limit the best that was found, or a heuristic's, whichever is cheapest."""
 TIE = 1e-7
 """Price of a replica's node number, as a share of the mean replica price: among equals the earlier node wins."""
 PRUNE_ABOVE, PRUNE_FACTOR = 12, 3.0
 """With more nodes than that only candidates are considered: at least so many, with so many times the room that is needed."""
-SHORTFALL = 1e-6
-"""By so much a share carried may miss gamma, for the solver's tolerances."""
+NARROW_SHARE, SUPPORT = 0.5, 1e-4
+"""Share of the time for the program where the relaxation has replicas; and what of one counts there."""
 
 
 class SolverFailed(EspalierError):
@@ -72,7 +72,7 @@ class Solution:
     placement: Placement
     status: Status
     cost: float
-    """The objective [cost units/s]; of a greedy placement as `evaluate` has it."""
+    """The objective [cost units/s]."""
     bound: float | None
     """No placement among the candidates costs less; None where it is not known."""
     solve_s: float
@@ -105,11 +105,12 @@ class Row:
     unit: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """gamma <= share + sum prices (x - at), for a node whose loss would leave too little."""
+    """strain.load <= share + sum prices (x - at), for a node whose loss would leave too little."""
 
     lost: int
+    strain: Strain
     share: float
     prices: Floats
     at: Floats
@@ -122,6 +123,8 @@ class Model:
     problem: Problem
     hosts: Bools
     """hosts[s, n]: whether replicas of s on n are considered."""
+    relaxed: bool = False
+    """Replicas in fractions: the linear relaxation."""
     commodities: tuple[Demand, ...] = field(init=False)
     x: cp.Variable = field(init=False)
     present: cp.Variable = field(init=False)
@@ -142,9 +145,10 @@ class Model:
     def __post_init__(self) -> None:
         """Make them all."""
         s, n = self.hosts.shape
-        self.x = cp.Variable((s, n), integer=True)
-        self.present = cp.Variable((s, n), boolean=True)
-        self.used = cp.Variable(n, boolean=True)
+        one = {"bounds": [0, 1]} if self.relaxed else {"boolean": True}
+        self.x = cp.Variable((s, n), integer=not self.relaxed)
+        self.present = cp.Variable((s, n), **one)
+        self.used = cp.Variable(n, **one)
         self.busiest = cp.Variable(nonneg=True)
         self.extra = cp.Variable((n, len(RESOURCES)), nonneg=True)
         self.moved = cp.Variable((s, n), nonneg=True)
@@ -227,9 +231,9 @@ def moves(m: Model) -> list[cp.Constraint]:
     return [m.moved >= m.x - m.current, m.dropped >= m.current - m.x]
 
 
-def order(m: Model) -> list[cp.Constraint]:
+def order(m: Model, pairs: Sequence[tuple[int, int]]) -> list[cp.Constraint]:
     """Of interchangeable nodes the earlier one has at least as many replicas: one of many equal placements is enough."""
-    return [cp.sum(m.x[:, a]) >= cp.sum(m.x[:, b]) for a, b in interchangeable(m.problem, m.hosts, m.current.value)]
+    return [cp.sum(m.x[:, a]) >= cp.sum(m.x[:, b]) for a, b in pairs]
 
 
 # --- rules that the elastic form may relax --------------------------------------------------------------------------------
@@ -270,6 +274,15 @@ def sparsity(m: Model) -> list[Row]:
     return found
 
 
+def budget(m: Model) -> list[Row]:
+    """The cores of all replicas within the budget."""
+    p, a = m.problem.parameters, m.problem.arrays
+    if p.budget is None:
+        return []
+    excess = cp.reshape(cp.sum((p.cpu_price * a.needs[:, 0]) @ m.x) - p.budget, (1,), order="C")
+    return [Row("budget", ("all replicas",), excess, max(p.budget, EPSILON), "per second")]
+
+
 def survival(m: Model) -> list[Row]:
     """Whatever node is lost, enough replicas are left: sum_{v != f} x[s, v] >= need_after_loss[s]; cuts do the rest."""
     a = m.problem.arrays
@@ -283,12 +296,11 @@ def survival(m: Model) -> list[Row]:
 
 
 def survival_cuts(m: Model, cuts: Sequence[Cut]) -> list[Row]:
-    """What losses found too hard allow: gamma <= share + sum prices (x - at)."""
-    gamma, names = m.problem.parameters.gamma, list(m.problem.arrays.node)
-    found = []
+    """What losses found too hard allow: load <= share + sum prices (x - at)."""
+    names, found = list(m.problem.arrays.node), []
     for cut in cuts:
         gained = cp.sum(cp.multiply(cut.prices, m.x)) - float((cut.prices * cut.at).sum())
-        excess = cp.reshape(gamma - cut.share - gained, (1,), order="C")
+        excess = cp.reshape(cut.strain.load - cut.share - gained, (1,), order="C")
         found.append(Row("survival", (f"load carried without {names[cut.lost]}",), excess, 1.0, "of the load"))
     return found
 
@@ -355,7 +367,7 @@ def deadlines(m: Model) -> list[Row]:
 
 
 RULES: tuple[Callable[[Model], list[Row]], ...] = (
-    capacity, replicas, diversity, sparsity, survival, reserve, bandwidth, deadlines,
+    capacity, replicas, diversity, sparsity, budget, survival, reserve, bandwidth, deadlines,
 )  # fmt: skip
 """Every rule that may be relaxed, but for the cuts."""
 
@@ -396,9 +408,9 @@ class Compiled:
     task: cp.Problem
 
     @classmethod
-    def of(cls, m: Model) -> Compiled:
-        """The program of a model whose parameters are set."""
-        fixed, cost = [*conservation(m), *support(m), *service(m), *moves(m), *order(m), m.extra == 0], objective(m)
+    def of(cls, m: Model, pairs: Sequence[tuple[int, int]]) -> Compiled:
+        """The program of a model whose parameters are set, with the pairs of nodes that are interchangeable."""
+        fixed, cost = [*conservation(m), *support(m), *service(m), *moves(m), *order(m, pairs), m.extra == 0], objective(m)
         rows = [row for rule in RULES for row in rule(m)]
         return cls(fixed, rows, cost, cp.Problem(cp.Minimize(cost + ties(m)), [*fixed, *(row.excess <= 0 for row in rows)]))
 
@@ -421,13 +433,24 @@ class Program:
         self.model = Model(problem, candidates(problem) if prune else problem.arrays.allowed)
         self._compiled: dict[tuple[tuple[int, int], ...], Compiled] = {}
         """By the pairs of nodes that are interchangeable: what runs may tell them apart."""
+        self._cuts: list[Cut] = []
+        """Of all solves at the problem's own rates so far."""
 
-    def solve(self, current: Placement | None = None, rates: Sequence[float] | None = None) -> Solution:
+    def solve(
+        self,
+        current: Placement | None = None,
+        rates: Sequence[float] | None = None,
+        strains: Mapping[str, Strain] | None = None,
+        limits: Limits | None = None,
+    ) -> Solution:
         """The cheapest placement that keeps every rule.
 
         Args:
             current: what runs; moving it costs what the parameters say. Where it stands counts among the candidates.
             rates: demand [tasks/s] in the problem's order, > 0; default: the problem's own.
+            strains: lost node -> what is asked after that loss, beside what the parameters ask after each. Where it is
+                given, even empty, the heuristics have no part in the answer, and no relaxation is looked for.
+            limits: of this solve; default: the program's own.
 
         Raises:
             Infeasible: no placement keeps every rule; the message tells the smallest relaxation.
@@ -436,17 +459,66 @@ class Program:
         problem = self.problem if rates is None else _with_rates(self.problem, rates)
         self._consider(problem.arrays.counts(current) > 0 if current is not None else np.zeros_like(problem.arrays.allowed))
         self.model.set(problem, current)
-        pairs = tuple(interchangeable(problem, self.model.hosts, self.model.current.value))
+        alone, strains = strains is not None, strains or {}
+        pairs = tuple(interchangeable(problem, self.model.hosts, self.model.current.value, strains))
         if pairs not in self._compiled:
-            self._compiled[pairs] = Compiled.of(self.model)
-        found = _search(problem, self.model, self._compiled[pairs], self.limits)
+            self._compiled[pairs] = Compiled.of(self.model, pairs)
+        known, limits = self._known(strains) if rates is None else [], limits or self.limits
+        narrow: Solution | None = None
+        if self.model.hosts.shape[1] > PRUNE_ABOVE:
+            narrow, known = self._narrowed(problem, current, limits, strains, known)
+        found, cuts = narrow or "out of time", known
+        if narrow is None or narrow.gap is None or narrow.gap > limits.gap:
+            rest = replace(limits, time_s=limits.time_s - (narrow.solve_s if narrow is not None else 0.0))
+            whole, cuts = _search(problem, self.model, self._compiled[pairs], rest, strains, known, self.model.hosts)
+            found = _better(narrow, whole)
+        self._cuts = self._cuts if rates is not None else list(dict.fromkeys([*self._cuts, *cuts]))
         if isinstance(found, Solution):
-            return found
+            beaten = found.status == "incumbent" and not alone
+            return at_the_limit(problem, found, found.solve_s, current) if beaten else found
+        if alone:
+            raise Infeasible(f"no placement was found that carries what is asked of losses: {', '.join(strains) or 'any'}")
         if found == "infeasible" and (self.model.hosts != problem.arrays.allowed).any():
             return Program(problem, self.limits, prune=False).solve(current)
         if found == "infeasible":
             raise Infeasible(told(relax(problem, self.limits)))
-        return fall_back(problem, self.limits.time_s, current)
+        return at_the_limit(problem, None, self.limits.time_s, current)
+
+    def _narrowed(
+        self,
+        problem: Problem,
+        current: Placement | None,
+        limits: Limits,
+        strains: Mapping[str, Strain],
+        known: Sequence[Cut],
+    ) -> tuple[Solution | None, list[Cut]]:
+        """The program only where its linear relaxation puts anything, which is solved in a fraction of the time.
+
+        The relaxation's cost bounds that of every placement among the candidates, so the answer says how good it is.
+        """
+        linear = Model(self.problem, self.model.hosts, relaxed=True)
+        linear.set(problem, current)
+        task = Compiled.of(linear, ()).with_cuts(linear, survival_cuts(linear, known))
+        if _run(task, limits.time_s, limits.gap) != "found":
+            return None, list(known)
+        bound, spent = float(task.value), float(task.solver_stats.solve_time)
+        m = Model(self.problem, _support(self.problem, linear, current))
+        m.set(problem, current)
+        compiled = Compiled.of(m, interchangeable(problem, m.hosts, m.current.value, strains))
+        shorter = replace(limits, time_s=limits.time_s * NARROW_SHARE, gap=limits.gap / 4)
+        found, cuts = _search(problem, m, compiled, shorter, strains, known, self.model.hosts)
+        if not isinstance(found, Solution):
+            return None, cuts
+        return replace(found, status="optimal", bound=bound, solve_s=found.solve_s + spent), cuts
+
+    def _known(self, strains: Mapping[str, Strain]) -> list[Cut]:
+        """Cuts found earlier that hold now too: those of losses that were asked for no more than they are asked for now."""
+        asked = [strains.get(node.name, Strain(self.problem.parameters.gamma)) for node in self.problem.nodes]
+        return [
+            cut
+            for cut in self._cuts
+            if cut.strain.load <= asked[cut.lost].load and cut.strain.deadline >= asked[cut.lost].deadline
+        ]
 
     def _consider(self, running: Bools) -> None:
         """Make the nodes where something runs candidates too."""
@@ -454,15 +526,27 @@ class Program:
         if (more != self.model.hosts).any():
             self.model = Model(self.problem, more)
             self._compiled.clear()
+            self._cuts.clear()
 
 
 def _with_rates(problem: Problem, rates: Sequence[float]) -> Problem:
     return replace(problem, demands=tuple(replace(d, rate=r) for d, r in zip(problem.demands, rates, strict=True)))
 
 
-def _search(problem: Problem, m: Model, compiled: Compiled, limits: Limits) -> Solution | Literal["infeasible", "out of time"]:
-    """Solve, look at every loss, cut, and solve again."""
-    spent, cuts = 0.0, list[Cut]()
+def _search(
+    problem: Problem,
+    m: Model,
+    compiled: Compiled,
+    limits: Limits,
+    strains: Mapping[str, Strain],
+    known: Sequence[Cut],
+    hosts: Bools,
+) -> tuple[Solution | Literal["infeasible", "out of time"], list[Cut]]:
+    """Solve, look at every loss, cut, and solve again; also returns the cuts, the known ones among them.
+
+    The cuts hold wherever replicas are among `hosts`, which may be more than the model considers.
+    """
+    spent, cuts = 0.0, list(known)
     names = [node.name for node in problem.nodes]
     for number in range(1, limits.rounds + 1):
         if spent >= limits.time_s:
@@ -471,30 +555,47 @@ def _search(problem: Problem, m: Model, compiled: Compiled, limits: Limits) -> S
         task = compiled.with_cuts(m, cut_rows)
         state = _run(task, limits.time_s - spent, limits.gap)
         if state != "found":
-            return "infeasible" if state == "infeasible" else "out of time"
+            return "infeasible" if state == "infeasible" else "out of time", cuts
         spent += task.solver_stats.solve_time
         x: Floats = np.round(m.x.value)
-        fresh, left = _losses(problem, x, m.hosts)
+        fresh, left = _losses(problem, x, hosts, strains)
         if not fresh:
             bound = task.solver_stats.extra_stats.mip_dual_bound
-            return Solution(
+            solution = Solution(
                 problem.arrays.placement(x), "optimal" if task.status == cp.OPTIMAL else "incumbent",
                 float(compiled.cost.value), float(bound) if np.isfinite(bound) else None,
                 spent, number, tuple(names[cut.lost] for cut in cuts), left, _binding([*compiled.rows, *cut_rows]),
             )  # fmt: skip
+            return solution, cuts
         cuts += fresh
-    return "out of time"
+    return "out of time", cuts
 
 
-def _losses(problem: Problem, x: Floats, hosts: Bools) -> tuple[list[Cut], dict[str, float]]:
-    """Cuts for the losses that leave less than gamma, and what every loss leaves."""
+def _better(
+    narrow: Solution | None, whole: Solution | Literal["infeasible", "out of time"]
+) -> Solution | Literal["infeasible", "out of time"]:
+    """The cheaper of two answers, with the better of their bounds."""
+    if narrow is None:
+        return whole
+    if not isinstance(whole, Solution):
+        return replace(narrow, status="incumbent")
+    bounds = [solution.bound for solution in (narrow, whole) if solution.bound is not None]
+    best = min(narrow, whole, key=lambda solution: solution.cost)
+    return replace(best, status=whole.status, bound=max(bounds, default=None), solve_s=narrow.solve_s + whole.solve_s)
+
+
+def _losses(problem: Problem, x: Floats, hosts: Bools, strains: Mapping[str, Strain]) -> tuple[list[Cut], dict[str, float]]:
+    """Cuts for the losses that leave less than is asked, and what every loss leaves."""
     cuts, left = [], {}
-    gamma = problem.parameters.gamma
     for n, node in enumerate(problem.nodes):
         share = left[node.name] = flows.carried(problem, x, n).share
-        if share < gamma - SHORTFALL:
-            dual = flows.carried(problem, x, n, hosts)
-            cuts.append(Cut(n, dual.share, dual.prices, x))
+        strain = strains.get(node.name, Strain(problem.parameters.gamma))
+        asked = strain.on(problem)
+        if node.name in strains:
+            share = flows.carried(asked, x, n, most=strain.load).share
+        if share < strain.load - SHORTFALL:
+            dual = flows.carried(asked, x, n, hosts, most=strain.load)
+            cuts.append(Cut(n, strain, dual.share, dual.prices, x))
     return cuts, left
 
 
@@ -522,7 +623,8 @@ def relax(problem: Problem, limits: Limits) -> tuple[Relaxation, ...]:
     """
     m = Model(problem, problem.arrays.allowed)
     m.set(problem, None)
-    fixed = [*conservation(m), *support(m), *service(m), *moves(m), *order(m)]
+    pairs = interchangeable(problem, m.hosts, m.current.value, {})
+    fixed = [*conservation(m), *support(m), *service(m), *moves(m), *order(m, pairs)]
     rows = [row for rule in RULES for row in rule(m)]
     cuts: list[Cut] = []
     for _ in range(limits.rounds):
@@ -539,7 +641,7 @@ def relax(problem: Problem, limits: Limits) -> tuple[Relaxation, ...]:
             for subject, amount, unit in zip(row.subjects, s.value, np.broadcast_to(row.scale, s.shape), strict=True)
             if amount * unit > 1e-5
         ]
-        fresh = _losses(problem, np.round(m.x.value), m.hosts)[0]
+        fresh = _losses(problem, np.round(m.x.value), m.hosts, {})[0]
         excused = {cut.lost for cut, s in zip(cuts, slack[len(rows) :], strict=True) if s.value[0] > SHORTFALL}
         if all(cut.lost in excused for cut in fresh):
             return tuple(given)
@@ -569,50 +671,41 @@ def told(relaxations: Sequence[Relaxation]) -> str:
     return f"no placement keeps every rule; what is in the way: {rules}. The smallest relaxation: {listed}"
 
 
-def fall_back(problem: Problem, spent_s: float, current: Placement | None) -> Solution:
-    """The greedy placement, where the program found none in time. It may break rules: `carried` says what losses leave.
+def at_the_limit(problem: Problem, found: Solution | None, spent_s: float, current: Placement | None) -> Solution:
+    """The cheapest of what the program found in time, the greedy placement and spread, among those that keep every rule.
+
+    Where none does, the cheapest of the heuristics' placements; `carried` says what losses leave of it.
 
     Raises:
-        Infeasible: the heuristic finds none either.
+        Infeasible: nothing was found in time, and the heuristics find nothing either.
     """
-    placement = heuristic(problem, current)
+    choices, refused = [] if found is None else [(True, found)], None
+    for name, heuristic in HEURISTICS.items():
+        try:
+            placement = heuristic(problem, current, None)
+        except Infeasible as error:
+            refused = error
+            continue
+        solution = judged(problem, placement, name, current)
+        if found is not None:
+            solution = replace(solution, bound=found.bound, rounds=found.rounds)
+        keeps = flows.keeps(problem, problem.arrays.counts(placement), solution.carried)
+        choices.append((keeps, replace(solution, solve_s=spent_s)))
+    if not choices:
+        raise refused or Infeasible("no placement was found in time; try a longer time limit")
+    return min(choices, key=lambda choice: (not choice[0], choice[1].cost))[1]
+
+
+def judged(problem: Problem, placement: Placement, status: Status, current: Placement | None) -> Solution:
+    """A placement that somebody else made, as a solution: its cost, and what losses leave of it."""
     x = problem.arrays.counts(placement)
-    left = flows.survivors(problem, x)
-    return Solution(placement, "greedy", cost_of(problem, x, current), None, spent_s, 0, (), left, ())
+    return Solution(placement, status, flows.cost_of(problem, x, current), None, 0.0, 0, (), flows.survivors(problem, x), ())
 
 
-def heuristic(problem: Problem, current: Placement | None) -> Placement:
-    """The live system's first fit, with replicas enough for the load and, spread evenly, for any loss.
-
-    Raises:
-        Infeasible: they do not fit.
-    """
-    placed = greedy.place(
-        [hosted.service for hosted in problem.services],
-        problem.nodes,
-        targets(problem),
-        latencies_s=problem.latencies_s,
-        keep=current,
-        flows=sorted({pair for demand in problem.demands for pair in _passes(demand)}),
-    )
-    return problem.arrays.placement(problem.arrays.counts(placed))
-
-
-def _passes(demand: Demand) -> list[tuple[str, str]]:
-    service_of = {visit.id: visit.service for visit in demand.visits}
-    return [(service_of[e.source], service_of[e.target]) for e in demand.edges if e.source and e.target]
-
-
-def cost_of(problem: Problem, x: Floats, current: Placement | None = None) -> float:
-    """The objective of any placement; infinite where its replicas cannot carry the load."""
-    p, arrays = problem.parameters, problem.arrays
-    routed = flows.route(problem, x)
-    if routed is None:
-        return float("inf")
-    old = arrays.counts(current) if current is not None else np.zeros_like(x)
-    rented = p.cpu_price * float(arrays.needs[:, 0] @ x.sum(axis=1)) + p.node_price * float((x.sum(axis=0) > 0).sum())
-    moved = p.move_price * float(np.maximum(x - old, 0).sum()) + p.drop_price * float(np.maximum(old - x, 0).sum())
-    return rented + moved + routed.latency_cost + p.link_weight * routed.busiest_link
+HEURISTICS: Mapping[Status, Callable[[Problem, Placement | None, Mapping[str, Target] | None], Placement]] = {
+    "greedy": heuristics.near, "spread": heuristics.spread,
+}  # fmt: skip
+"""(problem, what runs, replicas wanted) -> placement."""
 
 
 def _binding(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
@@ -654,19 +747,38 @@ def candidates(problem: Problem) -> Bools:
     return found
 
 
-def interchangeable(problem: Problem, hosts: Bools, current: Floats) -> list[tuple[int, int]]:
+def _support(problem: Problem, linear: Model, current: Placement | None) -> Bools:
+    """Where the relaxation has anything, or something runs; for each service on one node more than it needs at least."""
+    a, chosen = problem.arrays, linear.x.value > SUPPORT
+    if current is not None:
+        chosen |= (a.counts(current) > 0) & linear.hosts
+    near = a.latency @ sum((d.rate * a.entry(d) for d in problem.demands), np.zeros(len(problem.nodes)))
+    for s in range(len(chosen)):
+        others = [n for n in np.lexsort((np.arange(len(near)), near)) if linear.hosts[s, n] and not chosen[s, n]]
+        chosen[s, others[: max(0, problem.parameters.kappa + 1 - int(chosen[s].sum()))]] = True
+    found: Bools = chosen
+    return found
+
+
+def interchangeable(problem: Problem, hosts: Bools, current: Floats, strains: Mapping[str, Strain]) -> list[tuple[int, int]]:
     """Pairs of nodes (each with the next of its kind) that may swap names without anything changing."""
     a = problem.arrays
+    asked = np.array([_numbers(strains.get(node)) for node in a.node])
     entries = np.array([a.entry(d) for d in problem.demands]).reshape(-1, len(problem.nodes))
     kinds: list[list[int]] = []
     for n in range(len(problem.nodes)):
         for kind in kinds:
-            if _alike(kind[0], n, a.capacity, hosts.T, current.T, entries.T) and _swap(kind[0], n, a.latency, a.bandwidth):
+            tables = (a.capacity, hosts.T, current.T, entries.T, asked)
+            if _alike(kind[0], n, *tables) and _swap(kind[0], n, a.latency, a.bandwidth):
                 kind.append(n)
                 break
         else:
             kinds.append([n])
     return [pair for kind in kinds for pair in itertools.pairwise(kind)]
+
+
+def _numbers(strain: Strain | None) -> tuple[float, float]:
+    return (0.0, 0.0) if strain is None else (strain.load, strain.deadline)
 
 
 def _alike(u: int, v: int, *tables: Floats | Bools) -> bool:

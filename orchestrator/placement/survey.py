@@ -1,101 +1,16 @@
-"""A testbed and its models, read as a placement problem: what `espalier plan` solves.
-
-Core services are placed by the program. Light ones are the reserve, and delay on the edges they lie on. Where a stage has a
-profile its service law is used, else an assumption, which is named in the result.
-"""
+"""Pipelines and workloads as the demand of a placement problem: light stages become delay on the edges they lie on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from loadgen import arrivals
-from models.manifest import Manifest, StageSpec
-from orchestrator.errors import UsageError
-from orchestrator.placement.problem import MIB, Demand, Edge, Hosted, Parameters, Problem, Visit
-from orchestrator.testbed import Testbed
+from models.manifest import StageSpec
+from orchestrator.placement.problem import Demand, Edge, Visit
 from services.dataplane.pipeline import REQUEST, Pipeline, Step, name_of, step_of, topological
 
-ASSUMED_SERVICE_S = {"core": 0.020, "light": 0.002}
-"""Mean service time of a stage without a profile [s]."""
-LASTING_S = 60.0
-"""How long a placement should last [s]: a start is paid for over that time."""
 HORIZON_S = 3600.0
 """Over which a rate is averaged that does not say its mean [s]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """The problem, and what it took for granted."""
-
-    problem: Problem
-    assumptions: tuple[str, ...]
-
-
-def survey(
-    testbed: Testbed,
-    manifests: Mapping[str, Manifest],
-    pipelines: Mapping[str, Pipeline],
-    rates: Mapping[str, float] | None = None,
-    parameters: Parameters | None = None,
-) -> Survey:
-    """The problem of a testbed.
-
-    Args:
-        testbed: as it was read.
-        manifests: of its models, by name.
-        pipelines: as they were wired.
-        rates: demand by pipeline [tasks/s]; default: the means of the testbed's workload.
-        parameters: default: `defaults` of the testbed.
-
-    Raises:
-        UsageError: a rate is given for a pipeline that there is not, or is negative, or there is no core service.
-    """
-    stages = {name: manifests[s.model].stage(s.stage) for name, s in testbed.services.items()}
-    assumptions: list[str] = []
-    times = {name: _service_s(name, testbed, manifests, stage, assumptions) for name, stage in stages.items()}
-    tiers = {name: stage.tier for name, stage in stages.items()}
-    core = [service for service in testbed.core_services(tiers) if service.tier == "core"]
-    if not core:
-        raise UsageError("the testbed has no core service, so there is nothing for the program to place")
-    hosted = tuple(Hosted(s, times[s.name], 1 / times[s.name], testbed.services[s.name].replicas) for s in core)
-    demands = [
-        _demand(pipelines[name], rate, testbed.gateway_node, stages, times)
-        for name, rate in _rates(testbed, rates, assumptions).items()
-        if rate > 0
-    ]
-    both = {pair: link for link in testbed.links for pair in (link.between, link.between[::-1])}
-    problem = Problem(
-        nodes=testbed.core_nodes(),
-        services=hosted,
-        demands=tuple(demand for demand in demands if demand.visits),
-        latencies_s={pair: link.latency for pair, link in both.items()},
-        bandwidths={pair: link.bandwidth for pair, link in both.items()},
-        reserve=_reserve(testbed, tiers),
-        parameters=parameters or defaults(testbed),
-    )
-    return Survey(problem, tuple(assumptions))
-
-
-def defaults(testbed: Testbed) -> Parameters:
-    """Parameters at the testbed's prices; on a single node nothing can survive its loss, so nothing is asked for."""
-    alone, prices = len(testbed.nodes) == 1, testbed.control.costs
-    return Parameters(
-        kappa=1 if alone else 2, gamma=0.0 if alone else 0.5, cpu_price=prices.cpu_second, move_price=prices.start / LASTING_S
-    )
-
-
-def _rates(testbed: Testbed, given: Mapping[str, float] | None, assumptions: list[str]) -> dict[str, float]:
-    if given is not None:
-        for name, rate in given.items():
-            if name not in testbed.pipelines:
-                raise UsageError(f"there is no pipeline {name!r}; there are {', '.join(testbed.pipelines)}")
-            if rate < 0:
-                raise UsageError(f"the demand of {name} is {rate:g} tasks/s; it must not be negative")
-        return dict(given)
-    if not testbed.workload:
-        assumptions.append("the testbed has no workload, so replicas are those it asks for, and no load flows")
-    return {name: mean_rate(arrivals.parse(spec)) for name, spec in testbed.workload.items()}
 
 
 def mean_rate(process: arrivals.ArrivalProcess) -> float:
@@ -111,37 +26,10 @@ def mean_rate(process: arrivals.ArrivalProcess) -> float:
     return len(process.times(arrivals.stream(0, "plan", "arrivals"), length)) / length
 
 
-def _service_s(
-    name: str, testbed: Testbed, manifests: Mapping[str, Manifest], stage: StageSpec, assumptions: list[str]
-) -> float:
-    """Mean time of one task alone (batch 1, typical lengths) [s]: what batching gains is left as a margin."""
-    section = testbed.services[name]
-    profile = stage.profile.get(section.precision)
-    if profile is None:
-        assumed = ASSUMED_SERVICE_S[stage.tier]
-        assumptions.append(f"{name} has no profile: {assumed * 1e3:g} ms a task taken (espalier profile measures it)")
-        return assumed
-    typical = manifests[section.model].typical_length
-    shape = [axis if isinstance(axis, int) else typical.get(axis, 1) for axis in stage.inputs[0].shape]
-    return profile.law.mean_s(stage.units(shape))
-
-
-def _reserve(testbed: Testbed, tiers: Mapping[str, str]) -> tuple[float, float, float]:
-    light = [s for name, s in testbed.services.items() if tiers[name] == "light"]
-    loaded = [(s.replicas + s.standby, s) for s in light]
-    return (
-        sum(s.replicas * s.cpus for s in light),
-        sum(count * s.memory for count, s in loaded) / MIB,
-        float(sum(count * s.gpus for count, s in loaded)),
-    )
-
-
-# --- a pipeline with its light stages folded into the edges ---------------------------------------------------------------
-
-
-def _demand(
+def demand_of(
     pipeline: Pipeline, rate: float, gateway: str, stages: Mapping[str, StageSpec], times: Mapping[str, float]
 ) -> Demand:
+    """A pipeline as the program sees it: visits of core services, with light stages folded into the edges between them."""
     steps = {step.id: step for step in topological(pipeline.steps)}
     core = [step for step in steps.values() if stages[step.service].tier == "core"]
     edges: list[Edge] = []

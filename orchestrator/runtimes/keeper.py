@@ -21,9 +21,10 @@ from typing import Any, Protocol
 import httpx
 
 from orchestrator.core import Node, Placement, Replica, Service
+from orchestrator.errors import Infeasible, UsageError
 from orchestrator.runtimes.backoff import Backoff
 from orchestrator.runtimes.driver import Driver, Handle, Launch, StartFailed, Unreachable
-from orchestrator.runtimes.reconcile import Change, Start, Step, reconcile
+from orchestrator.runtimes.reconcile import EPSILON, Change, Start, Step, reconcile
 from orchestrator.runtimes.records import Record, Records
 from services.dataplane.routes import ReplicaState
 
@@ -53,8 +54,8 @@ STOP_MARGIN_S = 1.0
 class Routing(Protocol):
     """Whoever tells the gateways."""
 
-    def publish(self, replicas: Sequence[Replica]) -> int:
-        """Make these replicas known; returns the version of the routes that has them."""
+    def publish(self, replicas: Sequence[Replica], allowance: Mapping[str, int]) -> int:
+        """Make these replicas and allowances known; returns the version of the routes that has them."""
 
     async def acknowledged(self, version: int, limit_s: float) -> bool:
         """Wait until every gateway that is heard of has the version; False when the limit passed first."""
@@ -100,6 +101,8 @@ class Keeper:
         self._start_timeout_s = start_timeout_s
         self._surge = surge
         self._desired: Placement | None = None
+        self._let_out: set[str] = set()
+        """Replicas that gateways have let out and no decision has known of yet."""
         self._members: dict[str, _Member] = {}
         self._backoffs: dict[tuple[str, str], Backoff] = {}
         self._attendants: set[asyncio.Task[None]] = set()
@@ -120,10 +123,53 @@ class Keeper:
         """What runs now, by id."""
         return tuple(self._view(member.record) for _, member in sorted(self._members.items()))
 
-    def apply(self, desired: Placement) -> None:
-        """Make it the target and take the first steps towards it."""
+    def apply(self, desired: Placement, seen: Sequence[Replica] = ()) -> None:
+        """Make it the target and take the first steps towards it; what was let out after `seen` stays at work."""
         self._desired = desired
+        self._let_out.difference_update(replica.id for replica in seen if replica.let_out)
         self.changed()
+
+    def let_out(self, service: str, replica: str) -> bool:
+        """Put a standby to work, as a gateway has done already, until the next decision says what becomes of it.
+
+        Returns:
+            False where it is at work anyway.
+
+        Raises:
+            UsageError: the service has no such replica.
+            Infeasible: it may not be let out: it is no standby, the allowance is spent, or its node lacks the cores.
+        """
+        member = self._members.get(replica)
+        if member is None or member.record.service != service:
+            raise UsageError(f"{service} has no replica {replica!r}")
+        if member.record.state == "ready":
+            return False
+        if (why := self._obstacle(member.record)) is not None:
+            raise Infeasible(f"{replica} cannot be let out: {why}")
+        self._let_out.add(replica)
+        self._set(member, "ready")
+        self.changed()
+        return True
+
+    def _obstacle(self, record: Record) -> str | None:
+        """Why a replica may not be let out."""
+        if record.state != "standby":
+            return f"it is {record.state}"
+        if not self._allowance().get(record.service):
+            return f"the allowance of {record.service} is spent"
+        # Those that load may be wanted at work as soon as they have, so they have their cores already.
+        used = sum(r.cpus for r in self.replicas() if r.node == record.node and r.state != "standby")
+        node = self._nodes.get(record.node)
+        if node is None or used + record.cpus > node.cpus + EPSILON:
+            return f"{record.node} lacks the cores"
+        return None
+
+    def _allowance(self) -> dict[str, int]:
+        """Standbys that gateways may still let out, by service."""
+        if self._desired is None or not self._open:
+            return {}
+        spent = Counter(self._members[replica].record.service for replica in self._let_out)
+        return {service: left for service, n in self._desired.allowance.items() if (left := n - spent[service]) > 0}
 
     def relaunch(
         self,
@@ -292,7 +338,12 @@ class Keeper:
             return ()
         t = self._now()
         blocked = [place for place, backoff in self._backoffs.items() if backoff.until > t]
-        return reconcile(self.replicas(), self._desired, self._services, self._nodes, blocked=blocked, surge=self._surge)
+        out: dict[str, Counter[str]] = {}
+        for replica in self._let_out:
+            record = self._members[replica].record
+            out.setdefault(record.service, Counter())[record.node] += 1
+        desired = self._desired.with_let_out(out) if out else self._desired
+        return reconcile(self.replicas(), desired, self._services, self._nodes, blocked=blocked, surge=self._surge)
 
     def _change(self, step: Change) -> None:
         member = self._members[step.replica]
@@ -304,11 +355,13 @@ class Keeper:
         self.actions[step.verb, "ok"] += 1
 
     def _publish(self) -> int:
-        return self._routing.publish(self.replicas())
+        return self._routing.publish(self.replicas(), self._allowance())
 
     def _set(self, member: _Member, state: ReplicaState) -> None:
         log.info("%s: %s -> %s", member.record.id, member.record.state, state)
         member.since = self._now()
+        if state != "ready":
+            self._let_out.discard(member.record.id)
         self._save(member, member.record.model_copy(update={"state": state}))
 
     def _save(self, member: _Member, record: Record) -> None:
@@ -324,6 +377,7 @@ class Keeper:
         return Replica(
             id=record.id, service=record.service, node=record.node, state=record.state, cpus=record.cpus,
             memory_bytes=record.memory_bytes, url=record.url, outdated=outdated, gpus=record.gpus,
+            let_out=record.id in self._let_out,
         )  # fmt: skip
 
     # --- a replica's life --------------------------------------------------------------------------------------------------
@@ -373,6 +427,7 @@ class Keeper:
         await handle.exited.wait()
         record, lived_s = member.record, self._now() - member.since
         self._members.pop(record.id)
+        self._let_out.discard(record.id)
         self._records.forget(record.id)
         unasked = record.state != "draining"
         if unasked:

@@ -118,16 +118,20 @@ class _World:
     outgoing: str | None
     steps: list[Step] = field(default_factory=list)
     started: int = 0
+    by_service: dict[str, dict[str, Replica]] = field(init=False)
+    """The same replicas: nearly every question is about those of one service."""
+
+    def __post_init__(self) -> None:
+        self.by_service = {}
+        for replica in self.replicas.values():
+            self.by_service.setdefault(replica.service, {})[replica.id] = replica
 
     def of(self, service: str, *states: str, node: str | None = None, staying: bool = True) -> list[Replica]:
         """Replicas of a service in these states, by id; `staying` leaves out the one that is being replaced."""
         return [
             r
-            for _, r in sorted(self.replicas.items())
-            if r.service == service
-            and r.state in states
-            and (node is None or r.node == node)
-            and not (staying and r.id == self.outgoing)
+            for _, r in sorted(self.by_service.get(service, {}).items())
+            if r.state in states and (node is None or r.node == node) and not (staying and r.id == self.outgoing)
         ]
 
     def change(self, verb: Literal["promote", "demote", "drain"], replica: Replica) -> None:
@@ -135,17 +139,19 @@ class _World:
         state: Mapping[str, Literal["ready", "standby", "draining"]] = {
             "promote": "ready", "demote": "standby", "drain": "draining",
         }  # fmt: skip
-        self.replicas[replica.id] = replace(replica, state=state[verb])
+        self._put(replace(replica, state=state[verb]))
         self.steps.append(Change(verb, replica.id))
 
     def start(self, service: Service, node: str) -> None:
         """Plan a start and see the world after it."""
         self.started += 1
         name = f"~{self.started}"  # sorts after every real id, and is never written into a step but Start
-        self.replicas[name] = Replica(
-            name, service.name, node, "starting", service.cpus, service.memory_bytes, gpus=service.gpus
-        )
+        self._put(Replica(name, service.name, node, "starting", service.cpus, service.memory_bytes, gpus=service.gpus))
         self.steps.append(Start(service.name, node))
+
+    def _put(self, replica: Replica) -> None:
+        self.replicas[replica.id] = replica
+        self.by_service.setdefault(replica.service, {})[replica.id] = replica
 
     def has_cores(self, node: str, cpus: float) -> bool:
         """Whether one more replica may work there."""

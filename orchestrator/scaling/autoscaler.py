@@ -33,6 +33,8 @@ class Seen:
     """Replicas ordered last."""
     ready: int
     """Replicas at work."""
+    name: str
+    """Of the service."""
 
     @property
     def ongoing(self) -> float | None:
@@ -41,12 +43,12 @@ class Seen:
 
     @property
     def busy(self) -> float | None:
-        """Replicas' worth of computing: lambda m [erlang]. Tasks are counted as they end, so it does not exceed `ready`."""
+        """Replicas' worth of computing: lambda m / b [erlang]. Tasks are counted as they end, so it does not exceed `ready`."""
         if self.signal.arrival_rate is None:
             return None
         if self.signal.service_s is None:
             return 0.0 if self.signal.arrival_rate == 0.0 else None
-        return self.signal.arrival_rate * self.signal.service_s
+        return self.signal.arrival_rate * self.signal.service_s / (self.signal.batch_size or 1.0)
 
 
 Rule = Callable[[M, Seen], tuple[M, int]]
@@ -71,7 +73,7 @@ def step(
         rule: see `Rule`; called once for every light service whose signal is fresh.
         observation: of this slot.
     """
-    current = placement if placement is not None else running(observation)
+    current = standing(placement, observation)
     kept = dict(memories)
     asked: dict[str, Target] = {}
     for service in site.services:
@@ -90,12 +92,12 @@ def step(
             kept[name], replicas = rule(kept.get(name, fresh), seen)
             asked[name] = Target(max(service.floor, min(replicas, site.most.get(name, replicas))), standby)
     targets = clip(site, asked, current)
-    changed = _changes(targets, current)
+    changed = changes(targets, current)
     reason = f"change: {changed}" if changed else "no change"
     if short := ", ".join(f"{name} {asked[name].replicas}" for name in asked if asked[name] != targets[name]):
         reason += f"; no room for all of {short}"
     if placement is not None and not changed:
-        return placement, kept, Decision(placement, reason)
+        return current, kept, Decision(current, reason)
     try:
         desired = place(site, targets, current)
     except Infeasible as error:
@@ -103,8 +105,22 @@ def step(
     return desired, kept, Decision(desired, reason)
 
 
-def place(site: Site, targets: Mapping[str, Target], current: Placement) -> Placement:
+def standing(placement: Placement | None, observation: Observation) -> Placement:
+    """What was ordered last, with the standbys that were let out since counted as at work; what runs, before any order."""
+    if placement is None:
+        return running(observation)
+    out = {name: seen.let_out for name, seen in observation.services.items() if any(seen.let_out.values())}
+    return placement.with_let_out(out) if out else placement
+
+
+def place(site: Site, targets: Mapping[str, Target], current: Placement, *, spendable: bool = False) -> Placement:
     """Nodes for these targets: what runs stays; as a rule only services that change, and their neighbours, are looked at anew.
+
+    Args:
+        site: what there is.
+        targets: for all services.
+        current: what runs.
+        spendable: see `greedy.place`.
 
     Raises:
         Infeasible: they do not fit.
@@ -123,6 +139,7 @@ def place(site: Site, targets: Mapping[str, Target], current: Placement) -> Plac
         flows=site.flows,
         latencies_s=site.latencies_s,
         keep=current,
+        spendable=spendable,
     )
     return Placement(
         {s.name: placed for s in site.services if (placed := (left if s.name in concerned else current).ready.get(s.name))},
@@ -189,10 +206,11 @@ def _seen(site: Site, observation: Observation, name: str, wanted: int) -> Seen 
     if found is None or found.signal is None or found.signal.age_s > site.stale_after_s:
         return None
     ready = sum(states.get("ready", 0) for states in found.replicas.values())
-    return Seen(observation.t, found.signal, wanted, ready)
+    return Seen(observation.t, found.signal, wanted, ready, name)
 
 
-def _changes(targets: Mapping[str, Target], current: Placement) -> str:
+def changes(targets: Mapping[str, Target], current: Placement) -> str:
+    """What becomes of every service whose target is not what it has, in words; empty where nothing does."""
     told = []
     for name, target in targets.items():
         before = current.target(name)

@@ -28,8 +28,9 @@ import numpy as np
 
 from orchestrator.scaling import queueing
 
-Prefactor = Literal["kingman", "erlang_c"]
-"""What gamma is: 1 to guarantee, Erlang C to plan."""
+Prefactor = Literal["kingman", "erlang_c", "two_choices"]
+"""What gamma is: 1 to guarantee, Erlang C to plan for replicas that share a queue. Replicas that have queues of their own, and
+a router that compares two of them, do worse: "two_choices" is Erlang C, but no less than `queueing.two_choices_wait_tail`."""
 
 Reason = Literal["no data", "unstable", "heavy tail", "few samples", "out of reach"]
 """Why there is no number: nothing was measured; the load exceeds the service; the moment generating function is not to be
@@ -166,18 +167,27 @@ def decay(arrivals: Arrivals, service: Service, replicas: int) -> float:
     if rate <= 0.0 or spread + cv2 <= 0.0:
         return math.inf
     # Where growth of both sides is told by two moments, this would be the root; from there to its right.
-    theta = 2.0 * (full - rate) / (rate * spread + full * cv2)
+    curvature = rate * spread + full * cv2
+    if curvature < 1e-300:
+        return math.inf  # a rate so near to 0 that its product with what varies is 0
+    theta = 2.0 * (full - rate) / curvature
     most = 600.0 / max(spread, 1e-300)
     while theta < most and rate * _mean_exp(theta * spread) <= full * _mean_exp(-theta * cv2):
         theta *= 2.0
     theta = min(theta, most)
+    if theta == most and rate * _mean_exp(most * spread) <= full * _mean_exp(-most * cv2):
+        # Beyond what an exponential can hold; what the service says there is less than the root, to the safe side.
+        return most * full * _mean_exp(-most * cv2)
     for _ in range(100):
         excess = theta * (rate * _mean_exp(theta * spread) - full * _mean_exp(-theta * cv2))
         if excess <= 0.0:
             break
-        step = excess / (rate * math.exp(theta * spread) - full * math.exp(-theta * cv2))
+        slope = rate * math.exp(theta * spread) - full * math.exp(-theta * cv2)
+        if slope <= 0.0:
+            break  # lost to rounding
+        step = excess / slope
         theta -= step
-        if step <= 1e-12 * theta:
+        if step <= 1e-9 * theta:
             break
     return theta * rate * _mean_exp(theta * spread)
 
@@ -236,7 +246,11 @@ def _late_at(
     eta = decay(arrivals, service, replicas)
     # With eta infinite nobody waits for others that come; what is left to wait for is the backlog.
     fade = (0.0 if left_s > 0.0 else 1.0) if math.isinf(eta) else math.exp(-eta * left_s)
-    return waits(arrivals, service, replicas, prefactor) * fade
+    pooled = waits(arrivals, service, replicas, prefactor) * fade
+    if prefactor != "two_choices" or replicas < 3 or arrivals.rate <= 0.0:
+        return pooled
+    offered = arrivals.rate * service.per_request_s
+    return max(pooled, queueing.two_choices_wait_tail(offered, replicas, service.mean_s, service.cv2, left_s))
 
 
 def wait_tail(

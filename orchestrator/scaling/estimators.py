@@ -193,3 +193,178 @@ def track(state: RateState, measured: float, elapsed_s: float, memory_s: float, 
     surplus = error * error - state.rate / elapsed_s
     variance = state.error_variance + (surplus - state.error_variance) * max(1.0 / slots, weight / 10.0)
     return replace(state, rate=rate, error_variance=variance, slots=slots)
+
+
+# --- an arrival rate that stays and jumps -------------------------------------------------------------------------------------
+
+ALARM = 8.0
+"""Evidence, as a log likelihood ratio, at which a rate counts as changed: by chance about once in e^8 = 3000 slots."""
+SHIFT = 1.5
+"""The change that evidence is gathered for: a rate this many times higher, or lower. Larger changes are found sooner."""
+SMOOTH_S = 60.0
+"""Time constant of the index of dispersion [s]."""
+MOST_SQUARED = 9.0
+"""A squared standardised count counts at most so much in the dispersion, so that a change does not pass for noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """That the rate has changed one way, and what came since it seems to have (Page's cumulative sum)."""
+
+    score: float = 0.0
+    count: float = 0.0
+    """Requests since the score was last 0."""
+    span_s: float = 0.0
+    """Time since then [s]."""
+
+    def add(self, gain: float, count: float, elapsed_s: float) -> Evidence:
+        """One more slot."""
+        score = self.score + gain
+        return Evidence(score, self.count + count, self.span_s + elapsed_s) if score > 0.0 else Evidence()
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What is known of an arrival rate that stays as it is until it changes."""
+
+    rate: float | None = None
+    """lambda [req/s]: the mean since the last change; None before anything was measured."""
+    span_s: float = 0.0
+    """Time that the mean is over [s]."""
+    dispersion: float = 1.0
+    """I of the counts of slots around that mean, at least 1."""
+    error_variance: float = 0.0
+    """Of `rate` as a forecast of the next slot, less what counts vary by themselves [(req/s)^2]."""
+    rise: Evidence = Evidence()
+    fall: Evidence = Evidence()
+
+    @property
+    def standard_error(self) -> float:
+        """Of `rate` as the mean it stands for [req/s]."""
+        return math.sqrt((self.rate or 0.0) * self.dispersion / self.span_s) if self.span_s > 0.0 else 0.0
+
+
+def follow(level: Level, measured: float, elapsed_s: float, memory_s: float) -> Level:
+    """One more slot: the mean of all since the last change, and whether this is a change.
+
+    A mean over long windows is exact and slow, over short ones it is quick and restless. This one is over as much as there is
+    since the rate changed: Page's test (1954) adds up how much likelier the counts are with `SHIFT` times the rate than with
+    the rate itself, and once that is beyond doubt, the mean starts anew from the slots in which it was so.
+
+    Args:
+        level: before the slot.
+        measured: arrivals of the slot over its length [req/s].
+        elapsed_s: T, length of the slot [s].
+        memory_s: the mean is over no more than so long [s], for changes too slow to be found.
+    """
+    if level.rate is None:
+        return Level(measured, elapsed_s)
+    count, expected = measured * elapsed_s, max(level.rate * elapsed_s, 1e-9)
+    # A count that varies I times as much as Poisson's is worth a count I times smaller.
+    weight = 1.0 / level.dispersion
+    rise = level.rise.add(weight * (count * math.log(SHIFT) - (SHIFT - 1.0) * expected), count, elapsed_s)
+    fall = level.fall.add(weight * (-count * math.log(SHIFT) + (1.0 - 1.0 / SHIFT) * expected), count, elapsed_s)
+    error = measured - level.rate
+    surplus = error * error - level.rate * level.dispersion / elapsed_s
+    variance = level.error_variance + (surplus - level.error_variance) * min(1.0, elapsed_s / memory_s)
+    for found in (rise, fall):
+        if found.score > ALARM:
+            # The change came somewhere within the first of these slots: the mean is not to be trusted for as long as it is.
+            return Level(found.count / found.span_s, found.span_s / 2.0, level.dispersion, max(0.0, variance))
+    span_s = min(level.span_s + elapsed_s, memory_s)
+    rate = level.rate + error * elapsed_s / span_s
+    squared = min(MOST_SQUARED, (count - expected) ** 2 / max(expected, 1.0))
+    dispersion = max(1.0, level.dispersion + (squared - level.dispersion) * min(1.0, elapsed_s / SMOOTH_S))
+    return Level(rate, span_s, dispersion, max(0.0, variance), rise, fall)
+
+
+BINS_PER_DOUBLING = 4
+"""Of the rates that are remembered: bins 19 % wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The rates that tasks met lately: in each bin, what share of the tasks came in slots with such a rate."""
+
+    shares: tuple[tuple[int, float], ...] = ()
+    """(bin, tasks), ascending; a bin k holds rates up to 2^(k / 4) req/s. What is old weighs less."""
+
+    def add(self, rate: float, elapsed_s: float, memory_s: float) -> Rates:
+        """One more slot; those `memory_s` ago weigh 1/e [s]."""
+        keep = math.exp(-elapsed_s / memory_s)
+        shares = {bin_: tasks * keep for bin_, tasks in self.shares if tasks > 1e-6}
+        if rate > 0.0:
+            bin_ = math.ceil(BINS_PER_DOUBLING * math.log2(rate) - 1e-9)
+            shares[bin_] = shares.get(bin_, 0.0) + rate * elapsed_s
+        return Rates(tuple(sorted(shares.items())))
+
+    def quantile(self, epsilon: float, now: int | None = None) -> int | None:
+        """The lowest bin above which no more than a share epsilon of the tasks came; None where there were none.
+
+        Args:
+            epsilon: share of tasks.
+            now: what this said the last time: it is lowered only where half of epsilon allows it.
+        """
+        whole = math.fsum(tasks for _, tasks in self.shares)
+        above, found, lower = 0.0, None, None
+        for bin_, tasks in reversed(self.shares):
+            above += tasks
+            if found is None and above > epsilon * whole:
+                found = bin_
+            if above > 0.5 * epsilon * whole:
+                lower = bin_
+                break
+        if found is None or lower is None or now is None:
+            return found
+        return min(now, lower) if now > found else found
+
+
+def rate_of(bin_: int) -> float:
+    """The largest rate in a bin [req/s]."""
+    return float(2.0 ** (bin_ / BINS_PER_DOUBLING))
+
+
+# --- a service time, from slot to slot ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What is known of a service time from the moments that a signal tells."""
+
+    samples: float = 0.0
+    """Requests that the moments are over, while they are fewer than are remembered."""
+    mean_s: float = 0.0
+    square: float = 0.0
+    """Mean of the squares [s^2]."""
+    spread_samples: float = 0.0
+    """Of those, the requests whose variance was told."""
+    batch: float = 1.0
+    """Mean number of requests computed together."""
+
+    @property
+    def cv2(self) -> float | None:
+        """Variance over mean squared; None where no variance was told."""
+        if self.spread_samples < LEAST_SAMPLES or self.mean_s <= 0.0:
+            return None
+        return max(0.0, self.square / self.mean_s**2 - 1.0)
+
+
+REMEMBERED = 2000.0
+"""Requests that the moments of a service time are over at most."""
+
+
+def serve(served: Served, count: float, mean_s: float, cv2: float | None, batch: float | None) -> Served:
+    """One more slot, in which `count` requests were computed."""
+    if count <= 0.0:
+        return served
+    samples = min(served.samples + count, REMEMBERED)
+    weight = min(1.0, count / samples)
+    spread = min(served.spread_samples + count, REMEMBERED) if cv2 is not None else served.spread_samples
+    square = mean_s**2 * (1.0 + (cv2 if cv2 is not None else served.cv2 or 0.0))
+    return Served(
+        samples,
+        served.mean_s + weight * (mean_s - served.mean_s),
+        served.square + weight * (square - served.square),
+        spread,
+        served.batch + weight * ((batch if batch is not None else 1.0) - served.batch),
+    )

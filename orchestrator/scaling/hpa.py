@@ -3,13 +3,23 @@
     wanted = ceil(replicas * measured / target),  left alone while measured / target is within 1 +- tolerance
 
 A proposal to shrink must have been the least for the whole stabilisation window; growth is limited per period to the larger of
-so many pods and so many per cent. Defaults are those of autoscaling/v2. Source: the Kubernetes documentation, Horizontal Pod
-Autoscaling, and of the API HPAScalingRules; KEDA's documentation, ScaledObject.
+so many pods and so many per cent. Pods that are not ready are taken to idle where it would grow, and left out where it would
+shrink; where that turns the direction round, nothing changes. Defaults are those of autoscaling/v2 and of the controller
+manager. A service's floor stands for `minReplicas`; the step to none is not taken.
+
+More favourable here than there: utilisation is that of the last slot, where a metrics server averages over its own window of
+15 s and more. Less favourable: a stage holds its call open until the stages after it have answered, and those requests count
+as its own, so that KEDA gives the head of a chain more than it needs, as it would with any count of requests in flight.
+
+Sources: Kubernetes documentation, Horizontal Pod Autoscaling (v1.33); kubernetes/kubernetes, pkg/controller/podautoscaler
+(horizontal.go, replica_calculator.go) and pkg/apis/autoscaling/v2/defaults.go; KEDA 2.22 documentation, ScaledObject and AWS
+SQS.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -56,11 +66,10 @@ class Behavior:
 
 
 @dataclass(frozen=True, slots=True)
-class Hpa:
-    """By utilisation: the share of its time that a ready replica computes."""
+class _Horizontal:
+    """What the HPA does with any metric."""
 
     site: Site
-    utilisation: float = 0.8
     behavior: Behavior = Behavior()
     state_type: ClassVar[type[HpaState]] = HpaState
 
@@ -76,66 +85,67 @@ class Hpa:
         return HpaState(placement, services), decision
 
     def _rule(self, memory: HpaMemory, seen: Seen) -> tuple[HpaMemory, int]:
-        """Replicas that are ordered and not ready yet are taken to idle when it grows, and left out when it shrinks."""
-        busy = seen.busy
-        if busy is None or seen.ready == 0:
+        if memory.looked is not None and seen.t - memory.looked < self.behavior.sync_s - 1e-9:
             return memory, seen.wanted
-        ratio = busy / (seen.ready * self.utilisation)
-        counted = seen.ready
-        if ratio > 1.0 and seen.wanted > seen.ready:
-            counted = seen.wanted
-            ratio = max(1.0, busy / (counted * self.utilisation))
-        near = abs(ratio - 1.0) <= self.behavior.tolerance
-        return _act(self.behavior, memory, seen, seen.wanted if near else math.ceil(ratio * counted - 1e-9))
+        proposal = self._proposal(seen)
+        return (memory, seen.wanted) if proposal is None else _act(self.behavior, memory, seen, max(1, proposal))
+
+    def _near(self, ratio: float) -> bool:
+        return abs(ratio - 1.0) <= self.behavior.tolerance + 1e-9
+
+    @abstractmethod
+    def _proposal(self, seen: Seen) -> int | None:
+        """What the metric asks for; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Keda:
-    """By a queue's length, as an average per replica: tasks that wait or are at work, as a broker counts them.
+class Hpa(_Horizontal):
+    """By utilisation: the share of its time that a ready replica computes."""
 
-    KEDA hands the HPA this metric. Its own cool-down only governs the step from one replica to none, which a floor of one
-    excludes; above it, shrinking waits for the HPA's stabilisation.
+    utilisation: float = 0.8
+
+    def _proposal(self, seen: Seen) -> int | None:
+        busy = seen.busy
+        if busy is None or seen.ready == 0:
+            return None
+        ratio, counted = busy / (seen.ready * self.utilisation), seen.ready
+        if ratio > 1.0 and seen.wanted > seen.ready:
+            counted = seen.wanted
+            ratio = max(1.0, busy / (counted * self.utilisation))
+        return seen.wanted if self._near(ratio) else math.ceil(ratio * counted - 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class Keda(_Horizontal):
+    """By a queue's length, as an average per replica: tasks that wait or are at work, as KEDA counts those of an SQS queue.
+
+    KEDA hands the HPA an external metric with an average value, whose ratio is taken over all pods there are, ready or not. The
+    HPA asks for it at every sync; KEDA's own polling (30 s), activation and cool-down (300 s) only govern the step between no
+    replica and one.
     """
 
-    site: Site
     queue_length: float = 5.0
-    """Tasks per replica."""
-    behavior: Behavior = Behavior()
-    state_type: ClassVar[type[HpaState]] = HpaState
+    """Tasks per replica: the default of KEDA's SQS scaler."""
 
-    def initial(self) -> HpaState:
-        """State before the first slot."""
-        return HpaState()
-
-    def step(self, state: HpaState, observation: Observation) -> tuple[HpaState, Decision]:
-        """One slot; see `autoscaler`."""
-        placement, services, decision = autoscaler.step(
-            self.site, state.placement, state.services, HpaMemory(), self._rule, observation
-        )
-        return HpaState(placement, services), decision
-
-    def _rule(self, memory: HpaMemory, seen: Seen) -> tuple[HpaMemory, int]:
+    def _proposal(self, seen: Seen) -> int | None:
         if seen.ongoing is None:
-            return memory, seen.wanted
-        ratio = seen.ongoing / (self.queue_length * seen.wanted)
-        near = abs(ratio - 1.0) <= self.behavior.tolerance
-        return _act(self.behavior, memory, seen, seen.wanted if near else math.ceil(seen.ongoing / self.queue_length))
+            return None
+        needed = seen.ongoing / self.queue_length
+        return seen.wanted if seen.wanted and self._near(needed / seen.wanted) else math.ceil(needed - 1e-9)
 
 
 def _act(behavior: Behavior, memory: HpaMemory, seen: Seen, proposal: int) -> tuple[HpaMemory, int]:
-    """What of a proposal becomes of it: nothing between two looks; stabilised; limited."""
-    if memory.looked is not None and seen.t - memory.looked < behavior.sync_s - 1e-9:
-        return memory, seen.wanted
-    if not memory.proposals:
-        # As when the controller starts: what runs counts as proposed.
-        memory = HpaMemory(memory.looked, ((seen.t, seen.wanted),), memory.changes)
-    proposals = (*((t, n) for t, n in memory.proposals if seen.t - t < behavior.down_window_s), (seen.t, proposal))
-    changes = tuple((t, n) for t, n in memory.changes if seen.t - t < behavior.period_s)
-    replicas = max(n for _, n in proposals) if proposal < seen.wanted else proposal
-    replicas = min(replicas, seen.wanted) if proposal < seen.wanted else replicas
-    if replicas > seen.wanted:
+    """What of a proposal becomes of it: stabilised, then limited."""
+    # As when the controller starts: what runs counts as proposed.
+    past = memory.proposals or ((seen.t, seen.wanted),)
+    proposals = (*((t, n) for t, n in past if seen.t - t < behavior.down_window_s), (seen.t, proposal))
+    changes = tuple((t, n) for t, n in memory.changes if seen.t - t < behavior.period_s - 1e-9)
+    if proposal <= seen.wanted:
+        replicas = min(seen.wanted, max(n for _, n in proposals))
+    else:
         began = seen.wanted - sum(n for _, n in changes)
-        replicas = max(seen.wanted, min(replicas, max(began + behavior.up_pods, math.ceil(began * (1.0 + behavior.up_share)))))
+        limit = max(began + behavior.up_pods, math.ceil(began * (1.0 + behavior.up_share) - 1e-9))
+        replicas = max(seen.wanted, min(proposal, limit))
     if replicas != seen.wanted:
         changes = (*changes, (seen.t, replicas - seen.wanted))
     return HpaMemory(seen.t, proposals, changes), replicas

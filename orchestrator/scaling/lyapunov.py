@@ -73,6 +73,14 @@ class Demand:
         return (self.queue * left + better - new * self.start) / ahead - self.cost
 
 
+def alone(demand: Demand) -> int:
+    """What `choose` gives a service where the nodes have room for all: no node is looked at."""
+    replicas = min(demand.floor, demand.most)
+    while _best_worth(demand, replicas) > 0.0:
+        replicas += 1
+    return replicas
+
+
 LOOK_AHEAD = (1, 2, 4, 8)
 """Steps that are tried: v may stay 1 for some replicas and fall only then."""
 
@@ -115,20 +123,19 @@ def choose(
         for demand in demands:
             if level < min(demand.floor, demand.most):
                 grow(demand)
-    worth = {i: _best_worth(demand, chosen) for i, demand in enumerate(demands)}
+    worth = {i: _best_worth(demand, chosen[demand.service.name]) for i, demand in enumerate(demands)}
     while worth:
         best = max(worth, key=lambda i: (worth[i], -i))
         if worth[best] <= 0.0:
             break
         if grow(demands[best]):
-            worth[best] = _best_worth(demands[best], chosen)
+            worth[best] = _best_worth(demands[best], chosen[demands[best].service.name])
         else:
             del worth[best]
     return chosen
 
 
-def _best_worth(demand: Demand, chosen: Mapping[str, int]) -> float:
-    replicas = chosen[demand.service.name]
+def _best_worth(demand: Demand, replicas: int) -> float:
     steps = [ahead for ahead in LOOK_AHEAD if replicas + ahead <= demand.most]
     return max((demand.worth(replicas, ahead) for ahead in steps), default=0.0)
 

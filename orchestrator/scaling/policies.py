@@ -6,16 +6,22 @@ that JSON has no shape for).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.core import ScalingPolicy
+from orchestrator.scaling.algorithm1 import Algorithm1
+from orchestrator.scaling.controller import Lyapunov, MeanDelay, NoLyapunov
 from orchestrator.scaling.hpa import Hpa, Keda
+from orchestrator.scaling.inferline import InferLine
 from orchestrator.scaling.kpa import Kpa
 from orchestrator.scaling.manual import Manual
+from orchestrator.scaling.oracle import Oracle
 from orchestrator.scaling.ray import Ray
+from orchestrator.scaling.site import Site
 from orchestrator.scaling.square_root import SquareRoot, Static
 
 POLICIES: Mapping[str, type[ScalingPolicy[Any]]] = {
@@ -25,8 +31,42 @@ POLICIES: Mapping[str, type[ScalingPolicy[Any]]] = {
     "keda": Keda,
     "kpa": Kpa,
     "ray": Ray,
+    "inferline": InferLine,
+    "algorithm1": Algorithm1,
+    "oracle": Oracle,
     "square_root": SquareRoot,
+    "lyapunov": Lyapunov,
+    "no_lyapunov": NoLyapunov,
+    "mean_delay": MeanDelay,
 }
+
+
+def make(name: str, site: Site, **options: Any) -> ScalingPolicy[Any]:
+    """The policy of that name for a site.
+
+    Args:
+        name: one of `POLICIES`.
+        site: what there is to scale.
+        options: parameters of the policy; those that are not given are its defaults.
+
+    Raises:
+        ValueError: there is no such policy, or it has no such parameter, or not with such a value.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}")
+    kind: Any = POLICIES[name]
+    parameters = {field.name for field in dataclasses.fields(kind)}
+    own = {"site": site} if "site" in parameters else {key: getattr(site, key) for key in parameters if hasattr(site, key)}
+    for key in options:
+        if key not in parameters - own.keys():
+            free = ", ".join(field.name for field in dataclasses.fields(kind) if field.name not in own) or "none"
+            raise ValueError(f"policy {name} has no parameter {key!r}; its parameters are: {free}")
+    try:
+        policy: ScalingPolicy[Any] = TypeAdapter(kind).validate_python({**own, **options})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"parameter {'.'.join(map(str, first['loc']))} of policy {name}: {first['msg']}") from None
+    return policy
 
 
 def describe(policy: ScalingPolicy[Any]) -> tuple[str, dict[str, Any]]:

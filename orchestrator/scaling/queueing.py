@@ -118,6 +118,34 @@ def mmc_wait_tail(arrival_rate: float, service_s: float, servers: int, wait_s: f
     return erlang_c(servers, offered) * math.exp(-(servers - offered) * wait_s / service_s)
 
 
+def two_choices_wait_tail(offered: float, servers: int, service_s: float, cv2: float, wait_s: float) -> float:
+    """P(W > t) where each of c servers has a queue of its own, and a task joins the shorter of two drawn at random.
+
+    Many servers of exponential service have a share s_k = rho^(2^k - 1) of queues with k tasks or more (Vvedenskaya, Dobrushin
+    and Karpelevich 1996; Mitzenmacher 2001), so that a task finds k before it with probability s_k^2 - s_(k+1)^2 and waits for
+    the rest of one service and k - 1 whole ones. That sum of k times is taken as Erlang's law of its mean, which is exact for
+    cv2 = 1.
+
+    An approximation: fewer servers do a little worse, and so does a router whose news of the queues is old.
+    """
+    rho = offered / servers
+    if rho >= 1.0:
+        return 1.0
+    total, found = 0.0, rho * rho
+    for k in range(1, 9):
+        if found < 1e-12:
+            break
+        deeper = rho ** (2.0 * (2.0 ** (k + 1) - 1.0))
+        phase_s = service_s * (k - 1 + (1.0 + cv2) / 2.0) / k
+        term = below = math.exp(-wait_s / phase_s)
+        for j in range(1, k):
+            term *= wait_s / phase_s / j
+            below += term
+        total += (found - deeper) * below
+        found = deeper
+    return total
+
+
 def mean_in_queue(arrival_rate: float, mean_wait_s: float) -> float:
     """Little's law: L = lambda W [requests]. It holds for every queue that empties again and again."""
     return arrival_rate * mean_wait_s

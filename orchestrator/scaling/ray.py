@@ -1,9 +1,17 @@
 """Ray Serve's autoscaler: ongoing requests per replica, smoothed, acted on only after a delay.
 
-    wanted = ceil(replicas * (1 + factor * (ongoing / (target * replicas) - 1)))
+    wanted = ceil(replicas + factor * (ongoing / target - replicas))
 
-A wish must point the same way for `up_delay_s` (`down_delay_s`) without a break. Where smoothing alone keeps a service from
-shrinking, it shrinks by one. Defaults are those of AutoscalingConfig. Source: Ray Serve's documentation, Advanced Autoscaling.
+`replicas` are those that run, and `ongoing` is an average over the look-back period of what was reported by then. A wish must
+point the same way from the target for `up_delay_s` (`down_delay_s`) without a break. Where the factor alone keeps a service
+from shrinking, it shrinks by one. Defaults are those of AutoscalingConfig, with min_replicas 1.
+
+Different here: a slot takes the place of the control loop's 0.1 s; requests are counted once a slot, where Ray samples them
+every 0.5 s; and a stage holds its call open until the stages after it have answered, so that requests further down count as its
+own. So they would in a Ray deployment that awaits another: the head of a chain gets more replicas than it needs.
+
+Source: ray-project/ray of 2026, python/ray/serve: autoscaling_policy.py (delays by the clock, as since issue 62004), config.py,
+_private/constants.py, _private/autoscaling_state.py; Ray Serve's documentation, Advanced Autoscaling.
 """
 
 from __future__ import annotations
@@ -25,6 +33,10 @@ class RayMemory:
 
     samples: tuple[tuple[float, float], ...] = ()
     """(t, ongoing requests) within the look-back period."""
+    reported: float | None = None
+    """When they were reported last [s]."""
+    ongoing: float = 0.0
+    """Their average then [requests]."""
     direction: int = 0
     """Of the wishes since `since`: 1 up, -1 down."""
     since: float = 0.0
@@ -50,6 +62,8 @@ class Ray:
     up_delay_s: float = 30.0
     down_delay_s: float = 600.0
     look_back_s: float = 30.0
+    metrics_interval_s: float = 10.0
+    """Between two reports to the controller [s]."""
     state_type: ClassVar[type[RayState]] = RayState
 
     def initial(self) -> RayState:
@@ -67,17 +81,21 @@ class Ray:
         if seen.ongoing is None or seen.ready == 0:
             return memory, seen.wanted
         samples = (*((t, n) for t, n in memory.samples if seen.t - t < self.look_back_s), (seen.t, seen.ongoing))
-        wish = self._wish(math.fsum(n for _, n in samples) / len(samples), seen.ready)
+        reported, ongoing = memory.reported, memory.ongoing
+        if reported is None or seen.t - reported >= self.metrics_interval_s - 1e-9:
+            reported, ongoing = seen.t, math.fsum(n for _, n in samples) / len(samples)
+        wish = max(1, self.wish(ongoing, seen.ready))
         direction = (wish > seen.wanted) - (wish < seen.wanted)
         since = memory.since if direction == memory.direction else seen.t
         delay_s = self.up_delay_s if direction > 0 else self.down_delay_s
         if direction == 0 or seen.t - since < delay_s - 1e-9:
-            return RayMemory(samples, direction, since), seen.wanted
-        return RayMemory(samples), wish
+            return RayMemory(samples, reported, ongoing, direction, since), seen.wanted
+        return RayMemory(samples, reported, ongoing), wish
 
-    def _wish(self, ongoing: float, replicas: int) -> int:
-        ratio = ongoing / (self.ongoing * replicas)
-        factor = self.up_factor if ratio >= 1.0 else self.down_factor
-        wish = math.ceil(replicas * (1.0 + factor * (ratio - 1.0)) - 1e-9)
-        stuck = wish == replicas and math.ceil(replicas * ratio - 1e-9) < replicas
+    def wish(self, ongoing: float, replicas: int) -> int:
+        """Replicas that so many ongoing requests ask for where so many run (at least one), before any delay."""
+        needed = ongoing / self.ongoing
+        factor = self.up_factor if needed > replicas else self.down_factor
+        wish = math.ceil(replicas + factor * (needed - replicas) - 1e-9)
+        stuck = wish == replicas and math.ceil(needed - 1e-9) < replicas
         return wish - 1 if stuck else wish

@@ -15,8 +15,9 @@ from typing import Any
 Action = Callable[[Any], None]
 """Called with the argument that the event was planned with; typed by whoever plans it."""
 
-URGENT, USUAL = 0, 1
+URGENT, USUAL, LAST = 0, 1, 2
 """Priorities: of two events at one instant, the urgent one happens first."""
+_INF = math.inf
 
 
 class Kernel:
@@ -45,7 +46,7 @@ class Kernel:
         Raises:
             ValueError: the time is past, infinite or no number.
         """
-        if not self.now <= time < math.inf:
+        if not self.now <= time < _INF:
             raise ValueError(f"an event cannot be planned for {time} s: it is {self.now} s now")
         self._counter += 1
         heappush(self._heap, (time, priority, self._counter, action, argument))

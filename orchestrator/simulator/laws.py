@@ -22,6 +22,10 @@ CHUNK = 1024
 class Noise(Protocol):
     """A law of factors with mean 1."""
 
+    @property
+    def cv2(self) -> float:
+        """Squared coefficient of variation of the factors."""
+
     def factors(self, rng: np.random.Generator, count: int) -> NDArray[np.float64]:
         """Independent factors >= 0, shape (count,)."""
 
@@ -53,6 +57,12 @@ class Recorded:
     def __post_init__(self) -> None:
         if not self.seconds or not all(0 < s < math.inf for s in self.seconds):
             raise ValueError("recorded service times must be positive, and at least one")
+
+    @property
+    def cv2(self) -> float:
+        """See Noise."""
+        values = np.array(self.seconds)
+        return float(values.var() / values.mean() ** 2)
 
     def factors(self, rng: np.random.Generator, count: int) -> NDArray[np.float64]:
         """See Noise."""

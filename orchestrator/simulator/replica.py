@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,9 @@ from loadgen.outcome import Hop
 from models.manifest import ServiceLaw
 from orchestrator import core
 from orchestrator.simulator.world import Stage
+from orchestrator.telemetry import sources
 from orchestrator.telemetry.exposition import Key, Sample
+from services.dataplane import batching
 from services.dataplane.batching import DeadlineQueue, Waiting
 from services.dataplane.routing import RetryBudget, RouteBook
 from services.dataplane.service_time import ServiceEstimate
@@ -24,6 +27,8 @@ _QUEUE_S: Key = ("stage_queue_duration_seconds_sum", ())
 _QUEUE_N: Key = ("stage_queue_duration_seconds_count", ())
 _COMPUTE_S: Key = ("stage_compute_duration_seconds_sum", ())
 _COMPUTE_N: Key = ("stage_compute_duration_seconds_count", ())
+_SQUARES: Key = (sources.SQUARES, ())
+_BATCHES: Key = (sources.BATCHES, ())
 
 
 class Caller:
@@ -42,11 +47,15 @@ class Caller:
 class Task:
     """One task on its way. Times in seconds."""
 
-    __slots__ = ("after_s", "due", "hops", "index", "left", "over", "pipeline", "plan", "scheduled", "waits_for", "walks")
+    __slots__ = (
+        "after_s", "due", "hops", "index", "left", "over", "pipeline", "plan", "scheduled", "until", "waits_for", "walks",
+    )  # fmt: skip
 
-    def __init__(self, pipeline: str, plan: Plan, index: int, scheduled: float) -> None:
+    def __init__(self, pipeline: str, plan: Plan, index: int, scheduled: float, *, shed: bool) -> None:
         self.pipeline, self.plan, self.index, self.scheduled = pipeline, plan, index, scheduled
         self.due = scheduled + plan.deadline_s
+        self.until = self.due if shed else math.inf
+        """When it is given up. Without shedding the client waits on, and gets a late answer."""
         self.over = False
         self.walks: list[Walk] = []
         self.left = len(plan.segments)
@@ -106,18 +115,20 @@ class Replica(Caller):
     """One running copy of a service, in any state but gone; `alive` is False from then on."""
 
     __slots__ = (
-        "acknowledged", "alive", "compute_s", "computed", "ended", "ends", "estimate", "factors", "id", "law", "lengths",
-        "max_batch", "open", "queue", "queue_s", "service", "slots", "state", "units", "view",
+        "acknowledged", "alive", "batches", "compute_s", "computed", "ended", "ends", "estimate", "factors", "id", "law",
+        "lengths", "max_batch", "open", "queue", "queue_s", "service", "slots", "squares", "units", "view",
     )  # fmt: skip
 
-    def __init__(self, name: str, stage: Stage, node: str, speed: float, factors: Iterator[float]) -> None:
+    def __init__(
+        self, name: str, stage: Stage, node: str, speed: float, factors: Iterator[float], *, urgent_first: bool = True
+    ) -> None:
         super().__init__(node)
         self.id, self.service = name, stage.service.name
         self.law = ServiceLaw(
             base_s=stage.law.base_s / speed, per_unit_s=stage.law.per_unit_s / speed, tail_ratio=stage.law.tail_ratio
         )
         self.estimate = ServiceEstimate(self.law)
-        self.queue: DeadlineQueue[Walk] = DeadlineQueue(stage.queue_capacity)
+        self.queue: DeadlineQueue[Walk] = DeadlineQueue(stage.queue_capacity, urgent_first=urgent_first)
         self.factors = factors
         self.lengths, self.slots, self.max_batch = stage.lengths, stage.slots, stage.max_batch
         self.units = Waiting(None, 0.0, 1, stage.lengths, 0.0, 0.0).units
@@ -128,22 +139,15 @@ class Replica(Caller):
         """Expected end of each running batch."""
         self.open: dict[Walk, None] = {}
         """Walks that came here and have not been answered: a set that keeps its order."""
-        self.ended = self.computed = 0
-        self.queue_s = self.compute_s = 0.0
+        self.ended = self.computed = self.batches = 0
+        self.queue_s = self.compute_s = self.squares = 0.0
         s = stage.service
         self.view = core.Replica(name, s.name, node, "starting", s.cpus, s.memory_bytes, gpus=s.gpus)
         """What the runtime knows of it."""
 
     def expected_wait_s(self, now: float) -> float:
-        """Time [s] a task arriving now would wait: what is queued and what is left of the running batches, over the slots."""
-        queued = len(self.queue)
-        if not queued and len(self.ends) < self.slots:
-            return 0.0
-        running = 0.0
-        for end in self.ends.values():
-            if end > now:
-                running += end - now
-        return (self.queue.backlog_s + running) / self.slots
+        """Time [s] a task arriving now would wait."""
+        return batching.expected_wait_s(self.queue, self.ends.values(), self.slots, now)
 
     def sample(self, t: float) -> Sample:
         """The series of its exposition page that the orchestrator looks at."""
@@ -155,5 +159,7 @@ class Replica(Caller):
             _QUEUE_N: self.computed,
             _COMPUTE_S: self.compute_s,
             _COMPUTE_N: self.computed,
+            _SQUARES: self.squares,
+            _BATCHES: self.batches,
         }
         return Sample(t, values)

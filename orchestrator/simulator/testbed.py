@@ -2,11 +2,11 @@
 
 It owns queues, links and clocks. Every rule is the live system's own, by import: which task is computed next and which is
 dropped (`services.dataplane.batching`), what a batch is expected to take (`service_time`), who a hop goes to and who is ejected
-(`routing`), who is let in (`admission`), where a pipeline is cut (`pipeline`), what starts and stops in which order
-(`orchestrator.runtimes.reconcile`), what is seen (`orchestrator.telemetry.sources`), what it costs (`orchestrator.costs`) and
-how a task ended (`loadgen.outcome`). What the live gateway and stages do around those rules (`services.gateway.walk`,
-`services.forward`, `services.stage.worker`) is asynchronous I/O, and stands here as events. docs/simulator.md tells what is
-left out.
+(`routing`), who is let in (`admission`), when a standby is let out (`letting_out`), where a pipeline is cut (`pipeline`), what
+starts and stops in which order (`orchestrator.runtimes.reconcile`), what is seen (`orchestrator.telemetry.sources`), what it
+costs (`orchestrator.costs`) and how a task ended (`loadgen.outcome`). What the live gateway and stages do around those rules
+(`services.gateway.walk`, `services.forward`, `services.stage.worker`) is asynchronous I/O, and stands here as events.
+docs/simulator.md tells what is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -22,22 +23,27 @@ from loadgen.outcome import OUTCOMES, Hop, Outcome, TaskRecord, classify
 from orchestrator import core, costs
 from orchestrator.core import Observation, Placement
 from orchestrator.costs import Cost
-from orchestrator.runtimes.reconcile import Change, Start, reconcile
+from orchestrator.runtimes.reconcile import EPSILON, Change, Start, reconcile
 from orchestrator.simulator import laws
-from orchestrator.simulator.kernel import URGENT, Kernel
-from orchestrator.simulator.plans import Plan, Routed, Wire
+from orchestrator.simulator.faults import Fault, LinkFault, Loss, Silence
+from orchestrator.simulator.ingredients import ALL, Ingredients
+from orchestrator.simulator.kernel import LAST, URGENT, Kernel
+from orchestrator.simulator.plans import Plan, Routed, Stream, Wire
 from orchestrator.simulator.replica import Batch, Caller, Replica, Task, Walk
 from orchestrator.simulator.world import World
 from orchestrator.telemetry import sources
 from orchestrator.telemetry.exposition import Key, Sample
 from orchestrator.telemetry.sources import Endpoint, Source
-from services.dataplane import admission
+from services.dataplane import admission, letting_out
 from services.dataplane.batching import Waiting, batch_units, next_batch
+from services.dataplane.routing import MAX_CANDIDATES
 
 GATEWAY = Endpoint("gateway", "")
 _TRIES = 2
 """Candidates that one call may try, as in `services.forward`."""
 
+_NOTHING_AFTER = (0.0,)
+"""What a single segment leaves to be done [s]."""
 Status = Literal[200, 429, 502, 503, 504]
 
 
@@ -51,7 +57,9 @@ class SimulatedTestbed:
         seed: of service times and of the router's draws.
         initial: what is ready and on standby at the beginning; starting it is not counted.
         sample_every_s: between two samples of every replica's metrics.
-        measured_from_s: instant [s] from which cost, replicas and tasks count in `measured`, `cost` and `replica_seconds`.
+        measured_from_s: instant [s] from which cost, replicas and tasks count in `measured`, `cost`, `replica_seconds`,
+            `starts` and `let_out`.
+        ingredients: rules of the data plane that are in use.
         keep_records: keep a record of every task, in `records`.
     """
 
@@ -65,11 +73,16 @@ class SimulatedTestbed:
         initial: Placement,
         sample_every_s: float = 1.0,
         measured_from_s: float = 0.0,
+        ingredients: Ingredients = ALL,
         keep_records: bool = False,
     ) -> None:
         self.kernel, self.world = kernel, world
         self.cost = Cost()
         self.starts = 0
+        self.let_out = 0
+        """Standbys that the gateway put to work by itself."""
+        self.visits = 0
+        """Tasks computed, counted at every stage."""
         self.in_flight = 0
         self.outcomes: dict[str, dict[Outcome, int]] = {name: dict.fromkeys(OUTCOMES, 0) for name in world.pipelines}
         """How the tasks of each pipeline ended, so far: what the gateway's counters show."""
@@ -92,17 +105,28 @@ class SimulatedTestbed:
         self._published: tuple[core.Replica, ...] = ()
         self._numbers = {name: itertools.count() for name in world.stages}
         self._desired: Placement | None = None
+        self._settled: Placement | None = None
+        """What nothing is left to be done for, as long as no replica changes."""
+        self._ingredients, self._sheds = ingredients, ingredients.shedding
+        self._standbys: dict[str, dict[str, Replica]] = {name: {} for name in world.stages}
+        self._let_out: dict[str, Replica] = {}
+        """Let out since the last decision, and still there."""
+        self._allowance: dict[str, int] = {}
+        """What is left of it."""
+        self._cramped: set[str] = set()
+        """Services none of whose standbys has room to work, as long as no replica changes."""
         self._lost: set[str] = set()
+        self._cuts: set[tuple[str, str]] = set()
+        self._silences: list[Silence] = []
         self._accounted_t, self._accounted_starts = kernel.now, 0
         self._sources: dict[Endpoint, Source] = {}
         self._samples: dict[Endpoint, Sample] = {}
+        self._sample_every_s, self._measured_from_s = sample_every_s, measured_from_s
         self._place(initial)
         self._schedule(arrivals)
-        self._sample_every_s = sample_every_s
         lag_s = world.delays.metric_lag_s
         first = math.floor(lag_s / sample_every_s) + 1
         kernel.at(first * sample_every_s - lag_s, self._sample, priority=URGENT)
-        self._measured_from_s = measured_from_s
         kernel.at(measured_from_s, self._measure, priority=URGENT)
 
     # --- the two verbs ----------------------------------------------------------------------------------------------------
@@ -119,7 +143,16 @@ class SimulatedTestbed:
         return sources.observe(t, t, replicas, [GATEWAY], self._sources)
 
     def apply(self, desired: Placement) -> None:
-        """Make it the target and take the first steps towards it; the rest follows as replicas change state."""
+        """Make it the target and take the first steps towards it; the rest follows as replicas change state.
+
+        What has been let out is confirmed where the target wants it at work, and else taken back.
+        """
+        for replica in self._let_out.values():
+            replica.view = replace(replica.view, let_out=False)
+        self._let_out = {}
+        if not self._ingredients.standby:
+            desired = Placement(desired.ready)
+        self._allowance = dict(desired.allowance) if self._ingredients.let_out else {}
         self._desired = desired
         self._changed()
 
@@ -138,33 +171,78 @@ class SimulatedTestbed:
         """The measured part begins."""
         self.account()
         self.cost, self.replica_seconds = Cost(), 0.0
-        self.starts = self._accounted_starts = 0
+        self.starts = self._accounted_starts = self.let_out = 0
 
     # --- faults -----------------------------------------------------------------------------------------------------------
 
-    def lose_node(self, node: str, time: float) -> None:
-        """Plan the loss of a node: its replicas end at that instant, and nothing starts there again.
+    def plan_fault(self, fault: Fault) -> None:
+        """Let a fault happen when it is due.
 
         Raises:
-            ValueError: there is no such node.
+            ValueError: there is no such node or link.
         """
-        if node not in self._nodes:
-            raise ValueError(f"there is no node {node!r} to lose; there are {', '.join(self._nodes)}")
-        self.kernel.at(time, self._lose_node, node, URGENT)
+        at = self.kernel.at
+        match fault:
+            case Loss(node, time, back):
+                if node not in self._nodes:
+                    raise ValueError(f"there is no node {node!r} to lose; there are {', '.join(self._nodes)}")
+                at(time, self._lose_node, node, URGENT)
+                if back < math.inf:
+                    at(back, self._return_node, node, URGENT)
+            case LinkFault(a, b, from_s, until_s):
+                if (a, b) not in self._wires or (b, a) not in self._wires:
+                    raise ValueError(f"there is no link between {a!r} and {b!r}")
+                at(from_s, self._begin_fault, fault, URGENT)
+                if until_s < math.inf:
+                    at(until_s, self._end_fault, fault, URGENT)
+            case Silence():
+                self._silences.append(fault)
 
     def _lose_node(self, node: str) -> None:
         self.account()
+        self._touch()
         self._lost.add(node)
-        for replica in [replica for replica in self._replicas.values() if replica.node == node]:
-            self._end_replica(replica)
+        self._end_replicas([replica for replica in self._replicas.values() if replica.node == node])
         self._changed()
+
+    def _return_node(self, node: str) -> None:
+        self._touch()
+        self._lost.discard(node)
+        self._changed()
+
+    def _begin_fault(self, fault: LinkFault) -> None:
+        for pair in ((fault.a, fault.b), (fault.b, fault.a)):
+            self._wires[pair].faults.append(fault)
+        self._suffer(fault)
+        if fault.cut:
+            self._break_calls({(fault.a, fault.b), (fault.b, fault.a)})
+
+    def _end_fault(self, fault: LinkFault) -> None:
+        for pair in ((fault.a, fault.b), (fault.b, fault.a)):
+            self._wires[pair].faults.remove(fault)
+        self._suffer(fault)
+
+    def _suffer(self, fault: LinkFault) -> None:
+        for pair in ((fault.a, fault.b), (fault.b, fault.a)):
+            wire = self._wires[pair]
+            wire.suffer()
+            (self._cuts.add if wire.cut else self._cuts.discard)(pair)
+
+    def _break_calls(self, cut: set[tuple[str, str]]) -> None:
+        """Break off what is held open over links that are gone: each walk at the first of its hops that crosses one."""
+        walks = {walk: None for replica in self._replicas.values() for walk in replica.open if not walk.over}
+        for walk in walks:
+            nodes = [self._gateway.node, *(replica.node for replica in walk.path)]
+            hop = next((hop for hop, pair in enumerate(itertools.pairwise(nodes)) if pair in cut), None)
+            if hop is not None and not walk.over:
+                self._broken(walk, hop)
 
     # --- replicas ---------------------------------------------------------------------------------------------------------
 
     def _place(self, initial: Placement) -> None:
         states: tuple[tuple[core.Counts, Literal["ready", "standby"]], ...] = (
             (initial.ready, "ready"),
-            (initial.standby, "standby"),
+            (initial.standby if self._ingredients.standby else {}, "standby"),
         )
         for counts, state in states:
             for service, on_nodes in counts.items():
@@ -175,27 +253,46 @@ class SimulatedTestbed:
         self._route(self._published)
 
     def _new_replica(self, service: str, node: str) -> Replica:
+        self._touch()
         name = f"{service}-{next(self._numbers[service]):06d}"
-        replica = Replica(name, self.world.stages[service], node, self._speeds[node], self._factors[service])
+        replica = Replica(
+            name, self.world.stages[service], node, self._speeds[node], self._factors[service],
+            urgent_first=self._ingredients.earliest_deadline_first,
+        )  # fmt: skip
         self._replicas[name] = replica
         return replica
 
-    def _move(self, replica: Replica, state: Literal["standby", "ready", "draining"]) -> None:
-        replica.view = replace(replica.view, state=state)
+    def _touch(self) -> None:
+        """A replica changes: what was found out about all of them holds no more."""
+        self._settled = None
+        self._cramped.clear()
+
+    def _move(self, replica: Replica, state: Literal["standby", "ready", "draining"], *, let_out: bool = False) -> None:
+        self._touch()
+        replica.view = replace(replica.view, state=state, let_out=let_out)
+        if state == "standby":
+            self._standbys[replica.service][replica.id] = replica
+        else:
+            self._standbys[replica.service].pop(replica.id, None)
 
     def _changed(self) -> None:
         """Answer a change of any replica's state: plan, take the steps, publish; as the live keeper does."""
         self.account()
         if self._desired is not None:
+            counts: dict[str, Counter[str]] = {}
+            for replica in self._let_out.values():
+                counts.setdefault(replica.service, Counter())[replica.node] += 1
+            desired = self._desired.with_let_out(counts) if counts else self._desired
+            if desired == self._settled:
+                return
             blocked = [(service, node) for service in self._services for node in sorted(self._lost)]
-            plan = reconcile(
-                self.replicas(), self._desired, self._services, self._nodes, blocked=blocked, surge=self.world.surge
-            )
+            plan = reconcile(self.replicas(), desired, self._services, self._nodes, blocked=blocked, surge=self.world.surge)
             for step in plan:
                 if isinstance(step, Start):
                     self._start(step)
                 else:
                     self._change(step)
+            self._settled = None if plan else desired
         self._publish()
 
     def _start(self, step: Start) -> None:
@@ -231,16 +328,21 @@ class SimulatedTestbed:
     def _end_of_grace(self, replica: Replica) -> None:
         if replica.alive:
             self.account()
-            self._end_replica(replica)
+            self._end_replicas([replica])
             self._changed()
 
-    def _end_replica(self, replica: Replica) -> None:
-        """It is gone, and every call that it holds breaks off."""
-        replica.alive = False
-        del self._replicas[replica.id]
-        for walk in list(replica.open):
-            if not walk.over:
-                self._broken(walk, walk.path.index(replica))
+    def _end_replicas(self, replicas: list[Replica]) -> None:
+        """They are gone, all at once, and every call that they hold breaks off."""
+        self._touch()
+        for replica in replicas:
+            replica.alive = False
+            del self._replicas[replica.id]
+            self._standbys[replica.service].pop(replica.id, None)
+            self._let_out.pop(replica.id, None)
+        for replica in replicas:
+            for walk in list(replica.open):
+                if not walk.over:
+                    self._broken(walk, walk.path.index(replica))
 
     # --- routes -----------------------------------------------------------------------------------------------------------
 
@@ -254,17 +356,85 @@ class SimulatedTestbed:
             self.kernel.at(self.kernel.now + self.world.delays.routes_s, self._route, ready, URGENT)
 
     def _route(self, ready: tuple[core.Replica, ...]) -> None:
-        """The gateway has a new version of the routes."""
-        self._routed = {
-            name: Routed([view for view in ready if view.service == name], stage.input_bytes, self.world)
-            for name, stage in self.world.stages.items()
-        }
+        """The gateway has a new version of the routes. What it has let out stays until it reads of it."""
+        known = {view.id for view in ready}
+        ready += tuple(replica.view for name, replica in self._let_out.items() if name not in known)
+        of: dict[str, list[core.Replica]] = {name: [] for name in self.world.stages}
+        for view in ready:
+            of[view.service].append(view)
+        self._routed = {name: self._routing(name, views) for name, views in of.items()}
         self._gateway.book.forget_all_but(view.id for view in ready)
+
+    def _routing(self, service: str, views: Sequence[core.Replica]) -> Routed:
+        routed = self._routed.get(service)
+        if routed is not None and routed.ids == tuple([view.id for view in views]):
+            return routed
+        return Routed(views, self.world.stages[service].input_bytes, self.world)
+
+    # --- letting out ------------------------------------------------------------------------------------------------------
+
+    def _may_let_out(self, service: str) -> bool:
+        """Whether the service has a standby that may work, and its allowance is not spent."""
+        return bool(self._standbys[service]) and self._allowance.get(service, 0) > 0 and service not in self._cramped
+
+    def _is_due(self, task: Task, segment: int, hop: int, order: tuple[int, ...]) -> bool:
+        """Whether a standby is let out for this hop, as `services.gateway.walk` says it.
+
+        That is where nobody at work is alive, or the replica chosen would keep the task waiting too long.
+        """
+        now, book = self.kernel.now, self._gateway.book
+        rest = task.plan.legs[segment].services[hop:]
+        ids = self._routed[rest[0]].ids
+        if not order or book.ejected(ids[order[0]], now):
+            return True
+        wait_s = book.view(ids[order[0]]).expected_wait_s(now)
+        if wait_s <= 0.0:
+            return False
+        slack_s = task.due - task.after_s[segment] - now - sum(map(self._work_s, rest))
+        return letting_out.is_due(wait_s, slack_s, len(rest) + task.plan.hops_after[segment])
+
+    def _spend_standby(self, service: str, order: tuple[int, ...], node: str) -> tuple[Routed, tuple[int, ...]]:
+        """Let the nearest standby out whose node has the cores, and prefer it; without one, all stays as it is.
+
+        Returns:
+            Whom the service is routed to, and who of them may be chosen, the best first.
+        """
+        now, book, routed = self.kernel.now, self._gateway.book, self._routed[service]
+        free = {name: there.cpus + EPSILON for name, there in self._nodes.items()}
+        for replica in self._replicas.values():
+            # Those that load may be wanted at work as soon as they have, so they have their cores already.
+            if replica.view.state != "standby":
+                free[replica.node] -= replica.view.cpus
+        fitting = [each.view for each in self._standbys[service].values() if each.view.cpus <= free[each.node]]
+        if not fitting:
+            self._cramped.add(service)
+        living = [view for view in fitting if not book.ejected(view.id, now)]
+        if not living:
+            return routed, order
+        links_s = self._routing(service, living).links_s(node)
+        index = min(range(len(living)), key=lambda i: book.completion_s(living[i].id, links_s[i], now))
+        standby = self._replicas[living[index].id]
+        if order:
+            letting_out.introduce(book, standby.id, routed.ids[order[0]])
+        self.account()
+        self._move(standby, "ready", let_out=True)
+        self._let_out[standby.id] = standby
+        self._allowance[service] -= 1
+        self.let_out += 1
+        others = [view for view in routed.replicas if view.id != standby.id]
+        where = {view.id: i for i, view in enumerate(others)}
+        order = (len(others), *(where[name] for i in order if (name := routed.ids[i]) in where))[:MAX_CANDIDATES]
+        routed = self._routed[service] = self._routing(service, [*others, standby.view])
+        self._publish()
+        return routed, order
 
     # --- telemetry --------------------------------------------------------------------------------------------------------
 
     def _sample(self, _: None) -> None:
         now = self.kernel.now
+        self.kernel.at(now + self._sample_every_s, self._sample, priority=URGENT)
+        if any(silence.from_s <= now < silence.until_s for silence in self._silences):
+            return
         taken = {Endpoint(r.id, ""): r.sample(now) for r in self._replicas.values() if r.view.state in sources.SAMPLED_STATES}
         counts: dict[Key, float] = {
             ("requests_total", (("outcome", outcome), ("pipeline", name))): count
@@ -273,7 +443,6 @@ class SimulatedTestbed:
         }
         taken[GATEWAY] = Sample(now, counts)
         self.kernel.at(now + self.world.delays.metric_lag_s, self._samples_come, taken, URGENT)
-        self.kernel.at(now + self._sample_every_s, self._sample, priority=URGENT)
 
     def _samples_come(self, taken: dict[Endpoint, Sample]) -> None:
         self._samples = taken
@@ -284,63 +453,86 @@ class SimulatedTestbed:
         for pipeline, times in arrivals.items():
             if pipeline not in self._plans:
                 raise ValueError(f"there is no pipeline {pipeline!r}; there are {', '.join(self._plans)}")
-            self._await_next((pipeline, enumerate(float(t) for t in times)))
+            self._await_next(Stream(pipeline, self._plans[pipeline], [float(time) for time in times]))
 
-    def _await_next(self, schedule: tuple[str, Iterator[tuple[int, float]]]) -> None:
+    def _await_next(self, stream: Stream) -> None:
         """One arrival of each pipeline is planned at a time, which keeps the heap small."""
-        pipeline, times = schedule
-        found = next(times, None)
-        if found is not None:
-            index, time = found
-            task = Task(pipeline, self._plans[pipeline], index, time)
-            self.kernel.at(time, self._arrive, (task, schedule))
+        if stream.index < len(stream.times):
+            self.kernel.at(stream.times[stream.index], self._arrive, stream)
 
-    def _arrive(self, arrival: tuple[Task, tuple[str, Iterator[tuple[int, float]]]]) -> None:
-        task, schedule = arrival
-        self._await_next(schedule)
+    def _arrive(self, stream: Stream) -> None:
+        plan, index = stream.plan, stream.index
+        task = Task(stream.pipeline, plan, index, stream.times[index], shed=self._sheds)
+        stream.index = index + 1
+        self._await_next(stream)
         self.in_flight += 1
         if not self._admit(task):
             return
-        self.kernel.at(task.due, self._time_out, task)
-        plan = task.plan
-        if len(plan.segments) == 1:
-            task.after_s = (0.0,)
+        if self._sheds:
+            stream.pending.append(task)
+            if len(stream.pending) == 1:
+                self.kernel.at(task.due, self._time_out, stream, LAST)
+        if len(plan.legs) == 1:
+            task.after_s = _NOTHING_AFTER
             self._begin(task, 0, retried=False)
             return
         task.after_s = self._after_s(plan)
-        for index, leg in enumerate(plan.legs):
-            if not leg.parents and not task.over:
-                self._begin(task, index, retried=False)
+        for root in plan.roots:
+            if not task.over:
+                self._begin(task, root, retried=False)
 
     def _admit(self, task: Task) -> bool:
-        now, book, hop_s = self.kernel.now, self._gateway.book, {}
-        for service in task.plan.services:
-            ids = self._routed[service].ids
-            if not ids:
+        now, book, plan, routed = self.kernel.now, self._gateway.book, task.plan, self._routed
+        at_most_s = 0.0
+        for service in plan.visits:
+            if ids := routed[service].ids:
+                at_most_s += admission.at_most_s(book, ids, now)
+            elif not self._may_let_out(service):
                 self._end(task, 503, "no_replica")
                 return False
-            hop_s[service] = admission.replica_s(book, ids, now)
-        predicted_s = admission.critical_path_s(task.plan.segments, hop_s)
-        if admission.excess_s(predicted_s, task.plan.deadline_s) > 0:
+        if at_most_s <= plan.deadline_s or not self._sheds:
+            return True
+        # Those that may be let out count: somebody will be, if it must be.
+        hop_s = {
+            service: admission.replica_s(
+                book, (*routed[service].ids, *(self._standbys[service] if self._may_let_out(service) else ())), now
+            )
+            for service in plan.services
+        }
+        predicted_s = admission.critical_path_s(plan.segments, hop_s)
+        if admission.excess_s(predicted_s, plan.deadline_s) > 0:
             self._end(task, 429, "overloaded")
             return False
         return True
 
     def _after_s(self, plan: Plan) -> list[float]:
         """For each segment, the time [s] the longest way from its end to the pipeline's needs, without waits."""
-        work_s = [sum(self._work_s(service) for service in leg.services) for leg in plan.legs]
-        after_s = [0.0] * len(plan.legs)
-        for index in range(len(plan.legs) - 1, -1, -1):
-            after_s[index] = max((work_s[child] + after_s[child] for child in plan.legs[index].children), default=0.0)
+        legs = plan.legs
+        after_s = [0.0] * len(legs)
+        for index in range(len(legs) - 1, -1, -1):
+            if parents := legs[index].parents:
+                way_s = after_s[index]
+                for service in legs[index].services:
+                    way_s += self._work_s(service)
+                for parent in parents:
+                    after_s[parent] = max(after_s[parent], way_s)
         return after_s
 
     def _work_s(self, service: str) -> float:
-        views = [self._gateway.book.view(replica) for replica in self._routed[service].ids]
-        return min((view.service_s + view.transfer_s for view in views), default=0.0)
+        views = map(self._gateway.book.view, self._routed[service].ids)
+        return min([view.service_s + view.transfer_s for view in views], default=0.0)
 
-    def _time_out(self, task: Task) -> None:
-        if not task.over:
-            self._end(task, 504, "expired")
+    def _time_out(self, stream: Stream) -> None:
+        """End those whose deadline has come, and wait for that of the next."""
+        now, pending = self.kernel.now, stream.pending
+        while pending:
+            task = pending[0]
+            if not task.over:
+                if task.due > now:
+                    self.kernel.at(task.due, self._time_out, stream, LAST)
+                    return
+                self._end(task, 504, "expired")
+            pending.popleft()
 
     def _end(self, task: Task, status: Status, reason: str | None) -> None:
         """The task has its outcome; whatever is still done for it is given up."""
@@ -349,6 +541,8 @@ class SimulatedTestbed:
         for walk in task.walks:
             if not walk.over:
                 self._close(walk)
+        # Nothing that has ended refers to itself in a circle, so that it is freed at once and the collector has nothing to do.
+        task.walks = []
         now = self.kernel.now
         latency_s = now - task.scheduled
         # What cannot be reached is an answer too, of status 502: the gateway's.
@@ -372,15 +566,17 @@ class SimulatedTestbed:
         now, book, node = self.kernel.now, self._gateway.book, self._gateway.node
         services = task.plan.legs[segment].services
         chosen: list[tuple[str, ...]] = []
-        for service in services:
+        for hop, service in enumerate(services):
             routed = self._routed[service]
-            ids = routed.ids
-            if not ids:
+            order = book.order(routed.ids, routed.links_s(node), now, self._rng) if routed.ids else ()
+            if self._allowance and self._may_let_out(service) and self._is_due(task, segment, hop, order):
+                routed, order = self._spend_standby(service, order, node)
+            if not order:
                 self._end(task, 503, "no_replica")
                 return
-            order = book.order(ids, routed.links_s(node), now, self._rng)
+            ids = routed.ids
             node = routed.nodes[order[0]]
-            chosen.append(tuple([ids[i] for i in order]))
+            chosen.append(ids if len(ids) == 1 else tuple([ids[i] for i in order]))
         reserve_s = task.after_s[segment]
         reserves_s = [0.0] * len(services)
         for index in range(len(services) - 1, -1, -1):
@@ -388,7 +584,7 @@ class SimulatedTestbed:
             view = book.view(chosen[index][0])
             reserve_s += view.service_s + view.transfer_s
         for candidates in chosen:
-            book.sent(candidates[0])
+            book.sent(candidates[0], now)
         walk = Walk(task, segment, chosen, reserves_s)
         walk.retried = retried
         task.walks.append(walk)
@@ -432,7 +628,7 @@ class SimulatedTestbed:
         if walk.over:
             return
         replica, now = walk.target, self.kernel.now
-        if not replica.alive:
+        if not replica.alive or (self._cuts and (self._caller(walk).node, replica.node) in self._cuts):
             self._dead(walk, replica.id)
             return
         queue = replica.queue
@@ -454,7 +650,7 @@ class SimulatedTestbed:
         if not walk.untried[-1]:
             return False
         least_s = walk.reserves_s[max(len(walk.path) - 1, 0)]
-        return walk.task.due - self.kernel.now > least_s and self._caller(walk).retries.allow()
+        return walk.task.until - self.kernel.now > least_s and self._caller(walk).retries.allow()
 
     def _refused(self, walk: Walk) -> None:
         """The replica has no room in its queue."""
@@ -475,7 +671,7 @@ class SimulatedTestbed:
         self._learn(walk)
         self._close(walk)
         # A replica further down died with nobody to take over from there: once more, around the dead.
-        if deeper and not walk.retried and task.due - self.kernel.now > walk.reserves_s[0] and self._gateway.retries.allow():
+        if deeper and not walk.retried and task.until - self.kernel.now > walk.reserves_s[0] and self._gateway.retries.allow():
             self._begin(task, walk.segment, retried=True)
         else:
             self._end(task, 502, "upstream_error")
@@ -503,8 +699,9 @@ class SimulatedTestbed:
     def _close(self, walk: Walk, still_open: int = 0) -> None:
         """Nobody waits for the walk any more: it leaves queues and replicas. The calls to the first `still_open` go on."""
         walk.over = True
-        if walk.waiting is not None and walk.path:
+        if walk.waiting is not None:
             walk.path[-1].queue.remove(walk.waiting)
+            walk.waiting = None
         for hop, replica in enumerate(walk.path):
             replica.open.pop(walk, None)
             replica.ended += hop >= still_open
@@ -517,7 +714,7 @@ class SimulatedTestbed:
         """Give every free slot the next batch."""
         queue, ends, now = replica.queue, replica.ends, self.kernel.now
         while len(ends) < replica.slots and len(queue):
-            members, doomed = next_batch(queue, now, replica.estimate, replica.max_batch)
+            members, doomed = next_batch(queue, now, replica.estimate, replica.max_batch, shed=self._sheds)
             for waiting in doomed:
                 self._doomed(waiting.task)
             if members:
@@ -540,7 +737,9 @@ class SimulatedTestbed:
             return
         del replica.ends[batch]
         replica.estimate.observe(batch.units, seconds)
-        self._dispatch(replica)
+        replica.batches += 1
+        if len(replica.queue):
+            self._dispatch(replica)
         for waiting in batch.members:
             walk = waiting.task
             if walk.over:
@@ -548,7 +747,9 @@ class SimulatedTestbed:
             queue_s = start - waiting.enqueued
             replica.queue_s += queue_s
             replica.compute_s += seconds
+            replica.squares += seconds * seconds
             replica.computed += 1
+            self.visits += 1
             if self.records is not None:
                 step = walk.task.plan.legs[walk.segment].steps[len(walk.path) - 1]
                 way_s, items = walk.transfers_s[-1], len(batch.members)
@@ -557,7 +758,7 @@ class SimulatedTestbed:
                 )  # fmt: skip
             walk.services_s.append(seconds)
             if len(walk.path) < len(walk.chosen):
-                if self.kernel.now >= walk.task.due:
+                if self.kernel.now >= walk.task.until:
                     self._end(walk.task, 504, "expired")
                 else:
                     self._call(walk)

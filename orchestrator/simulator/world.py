@@ -94,6 +94,15 @@ class World:
         """What a replica of each service needs."""
         return {name: stage.service for name, stage in self.stages.items()}
 
+    @property
+    def flows(self) -> frozenset[tuple[str, str]]:
+        """Pairs of services of which one takes what the other puts out."""
+        found = set()
+        for pipeline in self.pipelines.values():
+            service_of = {step.id: step.service for step in pipeline.steps}
+            found |= {(service_of[parent], step.service) for step in pipeline.steps for parent in step.parents}
+        return frozenset((a, b) for a, b in found if a != b)
+
 
 def of_testbed(testbed: Testbed, manifests: Mapping[str, Manifest], wiring: Wiring, delays: Delays | None = None) -> World:
     """The world that a testbed file describes, with service laws from the profiles of its models.
@@ -102,25 +111,25 @@ def of_testbed(testbed: Testbed, manifests: Mapping[str, Manifest], wiring: Wiri
         SetupFailed: a stage has not been profiled.
     """
     services = {service.name: service for service in testbed.core_services(wiring.tiers)}
-    stages = {name: _stage(section, services[name], manifests[section.model]) for name, section in testbed.services.items()}
-    links: dict[tuple[str, str], Link] = {}
-    for section in testbed.links:
-        a, b = section.between
-        links[a, b] = links[b, a] = Link(latency_s=section.latency, bandwidth_bytes_per_s=section.bandwidth)
-    costs = testbed.control.costs
+    stages = {name: stage(section, services[name], manifests[section.model]) for name, section in testbed.services.items()}
     return World(
         nodes=testbed.core_nodes(),
         stages=stages,
         pipelines=wiring.pipelines,
-        links=links,
+        links=testbed.link_table(),
         gateway_node=testbed.gateway_node,
         delays=delays or Delays(),
-        prices=Prices(costs.cpu_second, costs.standby_fraction, costs.start),
+        prices=testbed.prices(),
         surge=testbed.control.surge,
     )
 
 
-def _stage(section: ServiceSection, service: Service, manifest: Manifest) -> Stage:
+def stage(section: ServiceSection, service: Service, manifest: Manifest) -> Stage:
+    """A service of a testbed, by the profile of its stage.
+
+    Raises:
+        SetupFailed: the stage has not been profiled.
+    """
     spec = manifest.stage(section.stage)
     profile = _profile(section, service, spec)
     axes = (axis for axis in spec.inputs[0].shape if isinstance(axis, str) and axis != BATCH_AXIS)

@@ -20,6 +20,8 @@ COUNTERS = frozenset({
     "stage_queue_duration_seconds_count",
     "stage_compute_duration_seconds_sum",
     "stage_compute_duration_seconds_count",
+    "stage_compute_seconds_squared_total",
+    "stage_batch_size_count",
 })  # fmt: skip
 
 Key = tuple[str, tuple[tuple[str, str], ...]]
@@ -44,6 +46,10 @@ class Growth:
     def sum(self, name: str) -> float:
         """Growth of a counter over all its labels."""
         return sum(value for (key, _), value in self.increments.items() if key == name)
+
+    def has(self, name: str) -> bool:
+        """Whether the counter was on both pages, with whatever labels."""
+        return any(key == name for key, _ in self.increments)
 
     def by_labels(self, name: str) -> dict[tuple[tuple[str, str], ...], float]:
         """Growth of a counter for each of its label sets."""

@@ -6,6 +6,7 @@ ages; its share of rates and queues stays what it was, and is never taken for ze
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from orchestrator.telemetry import exposition
 from orchestrator.telemetry.exposition import Growth, Sample
 from services.dataplane.routes import ReplicaState
 
+COMPUTE, SQUARES, BATCHES = "stage_compute_duration_seconds", "stage_compute_seconds_squared_total", "stage_batch_size_count"
 SAMPLED_STATES: frozenset[ReplicaState] = frozenset({"ready", "standby", "draining"})
 MIN_INTERVAL_S = 0.02
 """Two samples closer than this tell nothing about a rate; they may even be one, read twice by clocks that drift [s]."""
@@ -80,7 +82,11 @@ def observe(
         sources: all that `sampled(replicas)` and `gateways` name.
     """
     services = {
-        name: ServiceObservation(_placed(name, replicas), _signal(name, replicas, sources, now))
+        name: ServiceObservation(
+            _placed(name, replicas),
+            _signal(name, replicas, sources, now),
+            Counter(replica.node for replica in replicas if replica.service == name and replica.let_out),
+        )
         for name in sorted({replica.service for replica in replicas})
     }
     return Observation(t, services, _pipelines([sources[gateway] for gateway in gateways], now))
@@ -102,7 +108,9 @@ def _signal(service: str, replicas: Sequence[Replica], sources: Mapping[Endpoint
         queue_length=_gauge(spoke, "stage_queue_length"),
         inflight=_gauge(spoke, "stage_inflight_requests"),
         wait_s=_mean(spoke, "stage_queue_duration_seconds"),
-        service_s=_mean(spoke, "stage_compute_duration_seconds"),
+        service_s=_mean(spoke, COMPUTE),
+        service_cv2=_cv2(spoke),
+        batch_size=_batch_size(spoke),
     )
 
 
@@ -129,6 +137,24 @@ def _mean(sources: Sequence[Source], histogram: str) -> float | None:
     """Mean of what was observed in the last interval; None where nothing was."""
     count = sum(source.growth.sum(f"{histogram}_count") for source in sources)
     return sum(source.growth.sum(f"{histogram}_sum") for source in sources) / count if count else None
+
+
+def _cv2(sources: Sequence[Source]) -> float | None:
+    """Squared coefficient of variation of the compute times of the last interval, E[s^2] / E[s]^2 - 1; None where unknown."""
+    telling = [source for source in sources if source.growth.has(SQUARES)]
+    mean_s, squares = _mean(telling, COMPUTE), sum(source.growth.sum(SQUARES) for source in telling)
+    if not mean_s:
+        return None
+    count = sum(source.growth.sum(f"{COMPUTE}_count") for source in telling)
+    return max(0.0, squares / count / mean_s**2 - 1.0)
+
+
+def _batch_size(sources: Sequence[Source]) -> float | None:
+    """Mean number of requests computed together in the last interval; None where nothing was, or where it is not told."""
+    batches = sum(source.growth.sum(BATCHES) for source in sources)
+    requests = sum(source.growth.sum(f"{COMPUTE}_count") for source in sources if source.growth.has(BATCHES))
+    # A batch is counted a moment before its requests, and an interval may end between the two.
+    return max(1.0, requests / batches) if batches else None
 
 
 def _pipelines(gateways: Sequence[Source], now: float) -> dict[str, PipelineObservation]:

@@ -5,6 +5,7 @@ Refusing early is kinder than expiring late: the client learns at once, and when
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from services.dataplane.pipeline import Segment
@@ -16,16 +17,27 @@ def replica_s(book: RouteBook, replicas: Sequence[str], now: float) -> float:
 
     0 where news is stale: an old report is no reason to refuse, and somebody has to find out.
     """
-    best = None
+    best = math.inf
     for replica in replicas:
         if book.ejected(replica, now):
             continue  # nobody is sent there, so its silence says nothing of the others
         view = book.view(replica)
         if now - view.reported > STALE_S:
             return 0.0
-        expected = view.transfer_s + view.expected_wait_s(now) + view.service_s
-        best = expected if best is None else min(best, expected)
-    return best or 0.0
+        best = min(best, view.transfer_s + view.expected_wait_s(now) + view.service_s)
+    return best if best < math.inf else 0.0
+
+
+def at_most_s(book: RouteBook, replicas: Sequence[str], now: float) -> float:
+    """What `replica_s` cannot exceed [s], by a look at one replica only.
+
+    Where these sum up to less than the deadline over all steps, the task is let in, and nobody needs to look at the others.
+    """
+    replica = replicas[0]
+    if book.ejected(replica, now):
+        return math.inf
+    view = book.view(replica)
+    return view.transfer_s + view.expected_wait_s(now) + view.service_s
 
 
 def critical_path_s(segments: Sequence[Segment], hop_s: Mapping[str, float]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -50,16 +50,17 @@ def batch_units(batch: Sequence[Waiting[T]]) -> int:
 
 
 class DeadlineQueue(Generic[T]):
-    """A bounded queue, earliest deadline first; ties in order of arrival.
+    """A bounded queue, earliest deadline first; ties in order of arrival. Or all in order of arrival, to see what that costs.
 
     Invariant: `len` counts the tasks neither taken nor cancelled, and `backlog_s` is the sum of their `mean_s`. A cancelled
     task leaves at once by the count and later by the heap, which never holds more than twice the capacity.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, urgent_first: bool = True) -> None:
         if capacity < 1:
             raise ValueError(f"a queue's capacity must be at least 1, not {capacity}")
         self.capacity = capacity
+        self._urgent_first = urgent_first
         self.backlog_s = 0.0
         self._heap: list[tuple[float, int, Waiting[T]]] = []
         self._counter = itertools.count()
@@ -79,12 +80,13 @@ class DeadlineQueue(Generic[T]):
         Raises:
             OverflowError: the queue is full; look at `full` first.
         """
-        if self.full:
+        if self._length >= self.capacity:
             raise OverflowError(f"the queue already holds {self.capacity} tasks")
         if len(self._heap) >= 2 * self.capacity:
             self._heap = [entry for entry in self._heap if not entry[2].gone]
             heapq.heapify(self._heap)
-        heapq.heappush(self._heap, (waiting.due, next(self._counter), waiting))
+        rank = waiting.due if self._urgent_first else 0.0
+        heapq.heappush(self._heap, (rank, next(self._counter), waiting))
         self._length += 1
         self.backlog_s += waiting.mean_s
 
@@ -96,35 +98,41 @@ class DeadlineQueue(Generic[T]):
             # The sum of many floats drifts; an empty queue is the moment to know it exactly.
             self.backlog_s = self.backlog_s - waiting.mean_s if self._length else 0.0
 
+    def take(self) -> Waiting[T] | None:
+        """The first task, taken out; None where none is queued."""
+        while self._heap:
+            waiting = heapq.heappop(self._heap)[2]
+            if not waiting.gone:
+                self.remove(waiting)
+                return waiting
+        return None
+
     def most_urgent(self, count: int) -> list[Waiting[T]]:
-        """The first `count` tasks in order of deadline, left where they are."""
-        while self._heap and self._heap[0][2].gone:
-            heapq.heappop(self._heap)
-        if count == 1:
-            return [self._heap[0][2]] if self._heap else []
+        """The first `count` tasks in the queue's order, left where they are."""
         # Cancelled ones may stand between: ask for as many more as there can be.
         excess = len(self._heap) - self._length
         return [entry[2] for entry in heapq.nsmallest(count + excess, self._heap) if not entry[2].gone][:count]
 
 
 def next_batch(
-    queue: DeadlineQueue[T], now: float, estimate: ServiceEstimate, max_items: int
+    queue: DeadlineQueue[T], now: float, estimate: ServiceEstimate, max_items: int, *, shed: bool = True
 ) -> tuple[list[Waiting[T]], list[Waiting[T]]]:
     """Take the next batch out of the queue, and with it the tasks that are past saving.
 
     A task is doomed when even alone it would probably (95 % quantile) not be done in time: computing it would only make
     others late. The batch starts with the most urgent task that is not. Another joins while the batch, padded to its longest
     member, is still probably done before its most urgent member's instant, and costs no more than computing both apart.
+    Without shedding a task past saving is computed like any other, and bounds no batch: it is late however it is computed.
 
     Returns:
         (batch, doomed). The batch is empty only when nothing computable is queued. Neither is in the queue any more.
     """
     doomed: list[Waiting[T]] = []
-    while head := queue.most_urgent(1):
-        first = head[0]
-        queue.remove(first)
-        if now + estimate.tail_s(first.units) <= first.due:
-            return [first, *_companions(queue, first, now, estimate, max_items)], doomed
+    while (first := queue.take()) is not None:
+        in_time = now + estimate.tail_s(first.units) <= first.due
+        if in_time or not shed:
+            until = first.due if in_time else math.inf
+            return [first, *_companions(queue, first, until, now, estimate, max_items)], doomed
         doomed.append(first)
         if now < first.due:
             estimate.doubt()
@@ -132,7 +140,7 @@ def next_batch(
 
 
 def _companions(
-    queue: DeadlineQueue[T], first: Waiting[T], now: float, estimate: ServiceEstimate, max_items: int
+    queue: DeadlineQueue[T], first: Waiting[T], until: float, now: float, estimate: ServiceEstimate, max_items: int
 ) -> list[Waiting[T]]:
     if max_items <= first.items or not len(queue):
         return []
@@ -147,9 +155,27 @@ def _companions(
         if (
             joint_items <= max_items
             and joint_cost <= cost + estimate.mean_s(other.units)
-            and now + estimate.tail_s(units) <= first.due
+            and now + estimate.tail_s(units) <= until
         ):
             chosen.append(other)
             queue.remove(other)
             items, lengths, cost = joint_items, joint_lengths, joint_cost
     return chosen
+
+
+def expected_wait_s(queue: DeadlineQueue[T], ends: Collection[float], slots: int, now: float) -> float:
+    """Time [s] a task arriving now would wait: what is queued and what is left of the running batches, over the slots.
+
+    Args:
+        queue: of the stage.
+        ends: expected end of each running batch [s].
+        slots: batches computed at once.
+        now: [s]
+    """
+    if not len(queue) and len(ends) < slots:
+        return 0.0
+    running = 0.0
+    for end in ends:
+        if end > now:
+            running += end - now
+    return (queue.backlog_s + running) / slots

@@ -8,6 +8,8 @@ it back.
 
 from __future__ import annotations
 
+from services.dataplane.routing import RouteBook
+
 SHARE = 0.5
 """Of the slack of a stage that a wait may take before a standby is let out."""
 
@@ -24,3 +26,14 @@ def is_due(wait_s: float, slack_s: float, hops: int, share: float = SHARE) -> bo
         share: of a hop's slack that may be spent on waiting.
     """
     return wait_s > 0.0 and wait_s > share * max(0.0, slack_s) / hops
+
+
+def introduce(book: RouteBook, standby: str, beside: str) -> None:
+    """Take a standby that was never heard of to be as fast as a replica at work of the same service.
+
+    A replica whose service time is unknown seems never to have a queue, and so it would be sent the whole burst before it has
+    answered once.
+    """
+    fresh, known = book.view(standby), book.view(beside)
+    if fresh.service_s <= 0.0:
+        fresh.service_s, fresh.transfer_s = known.service_s, known.transfer_s

@@ -19,7 +19,7 @@ ReplicaState = Literal["starting", "standby", "ready", "draining"]
 
 
 class Replica(Document):
-    """One running copy of a service. Only `ready` ones are routed to; `standby` ones are loaded, warm and idle."""
+    """One running copy of a service. `ready` ones are routed to; `standby` ones are loaded, warm and idle, until let out."""
 
     id: str
     node: str
@@ -49,6 +49,8 @@ class Service(Document):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     replicas: tuple[Replica, ...] = ()
+    allowance: int = Field(default=0, ge=0)
+    """Standbys that gateways may let out by themselves (`letting_out`) until the next document."""
 
 
 class Routes(Document):

@@ -25,10 +25,10 @@ _SMOOTHING = 0.2
 class ReplicaView:
     """What a caller knows of one replica. Times in seconds."""
 
-    wait_s: float = 0.0
-    """Expected wait it last reported,"""
+    busy_until: float = -1e9
+    """When it will have done all that this caller knows of: the wait it last reported, and what was sent to it since."""
     reported: float = -1e9
-    """and when."""
+    """When it last reported."""
     sent_since: int = 0
     """Tasks sent to it after that report was made, as far as this caller knows."""
     service_s: float = 0.0
@@ -40,15 +40,27 @@ class ReplicaView:
     ejected_until: float = -1e9
 
     def expected_wait_s(self, now: float) -> float:
-        """The wait of a task that arrives now: the reported one less the time since, plus what was sent meanwhile."""
-        return max(self.wait_s - (now - self.reported), 0.0) + self.sent_since * self.service_s
+        """The wait of a task that arrives now.
+
+        A stage reports when the last of the stages behind it has answered. It is long done with the task by then, so that what
+        was sent counts as work that gets less by the second; unless the replica has said nothing for so long that it may do
+        nothing at all.
+        """
+        left_s = self.busy_until - now
+        if self.sent_since and now - self.reported > STALE_S:
+            left_s = max(left_s, self.sent_since * self.service_s)
+        return left_s if left_s > 0.0 else 0.0
 
 
 class RouteBook:
     """Everything one caller has learnt about the replicas it sends to, by replica id."""
 
+    __slots__ = ("_ejected_until", "_views")
+
     def __init__(self) -> None:
         self._views: dict[str, ReplicaView] = {}
+        self._ejected_until = -1e9
+        """After this no replica is ejected, and nobody needs to look."""
 
     def view(self, replica: str) -> ReplicaView:
         """The view of a replica, made on first sight."""
@@ -64,6 +76,8 @@ class RouteBook:
 
     def ejected(self, replica: str, now: float) -> bool:
         """Whether the replica failed so recently that it should be the last resort."""
+        if now >= self._ejected_until:
+            return False
         view = self._views.get(replica)
         return view is not None and now < view.ejected_until
 
@@ -73,7 +87,9 @@ class RouteBook:
         Of an idle replica that has not been heard of for a while only the link is known; taking the rest for nothing makes it
         be tried, or else the one that was once a little slower would never be asked again.
         """
-        view = self.view(replica)
+        view = self._views.get(replica)
+        if view is None:
+            return link_s
         if now - view.reported > STALE_S and not view.sent_since:
             return link_s
         return link_s + view.transfer_s + view.expected_wait_s(now) + view.service_s
@@ -86,31 +102,46 @@ class RouteBook:
         """
         if len(replicas) == 1:
             return (0,)
+        if now >= self._ejected_until:
+            return self._better_first(_drawn(len(replicas), rng), replicas, links_s, now)
         healthy = [i for i, replica in enumerate(replicas) if not self.ejected(replica, now)]
-        drawn = rng.sample(healthy, min(MAX_CANDIDATES, len(healthy)))
-        pair = sorted(drawn[:2], key=lambda i: self.completion_s(replicas[i], links_s[i], now))
-        chosen = [*pair, *drawn[2:]]
-        if len(chosen) < min(MAX_CANDIDATES, len(replicas)):
-            rest = [i for i in range(len(replicas)) if i not in healthy]
-            rest.sort(key=lambda i: self.view(replicas[i]).ejected_until)
-            chosen += rest[: MAX_CANDIDATES - len(chosen)]
-        return tuple(chosen)
+        drawn = tuple([healthy[i] for i in _drawn(len(healthy), rng)])
+        rest = [i for i in range(len(replicas)) if i not in healthy]
+        rest.sort(key=lambda i: self.view(replicas[i]).ejected_until)
+        return (*self._better_first(drawn, replicas, links_s, now), *rest)[:MAX_CANDIDATES]
 
-    def sent(self, replica: str) -> None:
+    def _better_first(
+        self, drawn: tuple[int, ...], replicas: Sequence[str], links_s: Sequence[float], now: float
+    ) -> tuple[int, ...]:
+        """The first two in order of expected completion."""
+        if len(drawn) < 2:
+            return drawn
+        a, b = drawn[0], drawn[1]
+        if self.completion_s(replicas[b], links_s[b], now) < self.completion_s(replicas[a], links_s[a], now):
+            return (b, a, *drawn[2:])
+        return drawn
+
+    def sent(self, replica: str, now: float) -> None:
         """A task has been sent to the replica."""
-        self.view(replica).sent_since += 1
+        view = self.view(replica)
+        view.sent_since += 1
+        view.busy_until = (view.busy_until if view.busy_until > now else now) + view.service_s
 
     def answered(
         self, replica: str, now: float, *, wait_s: float, service_s: float | None = None, transfer_s: float | None = None
     ) -> None:
         """The replica has answered, if only to refuse: take in its report and forgive its failures."""
-        view = self.view(replica)
-        view.wait_s = wait_s
+        view = self._views.get(replica) or self.view(replica)
+        view.busy_until = now + wait_s
         view.reported = now
         # Its report counts what it had queued by then, so only what is sent from here on comes on top.
         view.sent_since = 0
-        view.service_s = _smooth(view.service_s, service_s)
-        view.transfer_s = _smooth(view.transfer_s, transfer_s)
+        if service_s is not None:
+            known_s = view.service_s
+            view.service_s = known_s + _SMOOTHING * (service_s - known_s) if known_s > 0 else service_s
+        if transfer_s is not None:
+            known_s = view.transfer_s
+            view.transfer_s = known_s + _SMOOTHING * (transfer_s - known_s) if known_s > 0 else transfer_s
         view.failures = 0
         view.ejected_until = -1e9
 
@@ -121,12 +152,31 @@ class RouteBook:
             return  # one death fails every task in flight; it is one failure
         view.failures += 1
         view.ejected_until = now + min(FIRST_EJECTION_S * 2 ** min(view.failures - 1, _MOST_DOUBLINGS), LONGEST_EJECTION_S)
+        self._ejected_until = max(self._ejected_until, view.ejected_until)
 
 
-def _smooth(average: float, newest: float | None) -> float:
-    if newest is None:
-        return average
-    return average + _SMOOTHING * (newest - average) if average > 0 else newest
+def _drawn(count: int, rng: random.Random) -> tuple[int, ...]:
+    """At most three distinct indices below `count`, every choice and order equally likely.
+
+    The same as `rng.sample` at a fifth of its price: an index drawn among those left is moved past those taken before it.
+    """
+    if count < 2:
+        return (0,)[:count]
+    random_ = rng.random
+    a, b = int(random_() * count), int(random_() * (count - 1))
+    if b >= a:
+        b += 1
+        low, high = a, b
+    else:
+        low, high = b, a
+    if count == 2:
+        return (a, b)
+    c = int(random_() * (count - 2))
+    if c >= low:
+        c += 1
+    if c >= high:
+        c += 1
+    return (a, b, c)
 
 
 class RetryBudget:
@@ -143,7 +193,8 @@ class RetryBudget:
 
     def request(self) -> None:
         """Count a first attempt."""
-        self._tokens = min(self._tokens + self.ratio, self.reserve)
+        tokens = self._tokens + self.ratio
+        self._tokens = tokens if tokens < self.reserve else self.reserve
 
     def allow(self) -> bool:
         """Take a token for a retry; False when there is none."""

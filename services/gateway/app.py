@@ -15,6 +15,7 @@ from services import exposition, oip
 from services.dataplane.errors import NotFound
 from services.dataplane.routing import RouteBook
 from services.dataplane.wire import Limits
+from services.gateway.announcer import Announcer
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openai import OpenAI, error_shape
 from services.gateway.service import VERSION, GatewayService
@@ -44,11 +45,18 @@ class Gateway:
         self._max_in_flight = max_in_flight
         self._book = RouteBook()
         self._service: GatewayService | None = None
+        self._announcer: Announcer | None = None
+        self._routes_url = routes_url
         self.subscription = Subscription(routes_url, routes_file, name, self._changed)
 
     def _changed(self, table: Table) -> None:
         self._book.forget_all_but(replica.id for service in table.routes.services.values() for replica in service.replicas)
         self.metrics.routes(table.routes.version, table.plans.values())
+        if self._announcer is not None:
+            self._announcer.settle(table)
+
+    def _refused(self, service: str, replica: str) -> None:
+        self.subscription.table.take_back(service, replica)
 
     @property
     def in_flight(self) -> int:
@@ -65,6 +73,7 @@ class Gateway:
     async def running(self) -> AsyncIterator[GatewayService]:
         """Open the connections and follow the routes; undo both on the way out."""
         async with Transport() as transport:
+            announcer = self._announcer = Announcer(self._routes_url, transport, self._refused)
             service = GatewayService(
                 self.subscription,
                 transport,
@@ -73,6 +82,7 @@ class Gateway:
                 node=self._node,
                 limits=self.limits,
                 max_in_flight=self._max_in_flight,
+                let_out=announcer.tell,
             )
             self._service = service
             self.metrics.watch(in_flight=lambda: service.in_flight)
@@ -83,6 +93,7 @@ class Gateway:
                 following.cancel()
                 with suppress(asyncio.CancelledError):
                     await following
+                await announcer.close()
 
     def plan(self, model: str, version: str | None) -> Plan:
         """The pipeline of that name, or NotFound."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -31,6 +31,9 @@ class GatewayMetrics:
             buckets=SLACK,
             registry=self._registry,
         )
+        self._let_out = Counter(
+            "espalier_gateway_let_out", "Standbys let out between two decisions.", ("stage",), registry=self._registry
+        )
         self._duration: Histogram | None = None
         self._ended: dict[tuple[str, str], Counter] = {}
         self._observed: dict[tuple[Histogram, str], Histogram] = {}
@@ -42,9 +45,11 @@ class GatewayMetrics:
         gauge = Gauge("espalier_gateway_inflight_requests", "Tasks not answered yet.", registry=self._registry)
         gauge.set_function(in_flight)
 
-    def routes(self, version: int, plans: Iterable[Plan]) -> None:
+    def routes(self, version: int, plans: Collection[Plan]) -> None:
         """Note the version in use, and on the first one make the histogram that needs the deadlines."""
         self._routes_version.set(version)
+        for service in (service for plan in plans for service in plan.services):
+            self._let_out.labels(service)  # from zero on, so that the first one is an increase too
         deadlines = {plan.pipeline.deadline_s for plan in plans}
         if self._duration is None and deadlines:
             self._duration = Histogram(
@@ -67,6 +72,10 @@ class GatewayMetrics:
                 if observed is None:
                     observed = self._observed[histogram, pipeline] = histogram.labels(pipeline)
                 observed.observe(seconds)
+
+    def let_out(self, service: str) -> None:
+        """Count a standby that was let out."""
+        self._let_out.labels(service).inc()
 
     def bad_request(self, reason: str) -> None:
         """Count a request that was refused before it became a task."""

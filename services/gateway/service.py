@@ -64,6 +64,7 @@ class GatewayService:
         node: str,
         limits: Limits,
         max_in_flight: int,
+        let_out: Callable[[str, str], None],
     ) -> None:
         self.draining = False
         self.in_flight = 0
@@ -71,8 +72,9 @@ class GatewayService:
         self._metrics = metrics
         self._limits = limits
         self._max_in_flight = max_in_flight
+        self._announce = let_out
         # Only which of two equal replicas is tried first hangs on these draws, so no seed is asked of the user.
-        self._walker = Walker(Forwarder(transport, book, RetryBudget()), node, random.Random(), limits)
+        self._walker = Walker(Forwarder(transport, book, RetryBudget()), node, random.Random(), limits, self._let_out)
 
     @property
     def table(self) -> Table:
@@ -91,6 +93,10 @@ class GatewayService:
         if version != VERSION:
             raise NotFound(f"pipeline {model!r} has no version {version!r}, only {VERSION}")
         return plan
+
+    def _let_out(self, service: str, replica: str) -> None:
+        self._metrics.let_out(service)
+        self._announce(service, replica)
 
     async def serve(self, request: Request, work: Callable[[Request, Trace], Awaitable[Answer]]) -> Answer:
         """Give a request its id, which goes with it to every stage and comes back on whatever becomes of it."""

@@ -1,24 +1,33 @@
 """The routes document compiled for use: segments, tensor specs and ready replicas looked up instead of searched for.
 
-Built anew for every version of the document; nothing in it changes.
+Built anew for every version of the document. Nothing in it changes but one thing: standbys that this gateway lets out count as
+ready from then on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.manifest import TensorSpec
 from services.dataplane.itinerary import Candidate
 from services.dataplane.pipeline import Pipeline, Segment, name_of, segments, step_of
-from services.dataplane.routes import Link, Routes, Service
+from services.dataplane.routes import Link, Replica, Routes, Service
 
 _LOCAL = Link(latency_s=0.0, bandwidth_bytes_per_s=float("inf"))
 
 
 @dataclass(frozen=True, slots=True)
+class Standby:
+    """A replica that may be let out."""
+
+    node: str
+    candidate: Candidate
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
-    """The ready replicas of a service, in three lists of the same order."""
+    """The ready replicas of a service, in three lists of the same order, and its standbys."""
 
     service: Service
     replicas: tuple[str, ...]
@@ -26,6 +35,14 @@ class Target:
     candidates: tuple[Candidate, ...]
     input_bytes: float
     """Bytes of one item's inputs, for the links."""
+    standbys: tuple[Standby, ...]
+    """Those that may be let out: none where the allowance is spent."""
+    allowance: int
+
+    @property
+    def served(self) -> bool:
+        """Whether there is somebody to send to, if need be by letting a standby out."""
+        return bool(self.replicas or self.standbys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +54,8 @@ class Plan:
     inputs: Mapping[str, TensorSpec]
     """Tensors a request must bring."""
     outputs: Mapping[str, TensorSpec]
+    hops_after: tuple[int, ...]
+    """For each segment, the hops of the longest way from its end to the pipeline's."""
 
     @property
     def services(self) -> tuple[str, ...]:
@@ -53,23 +72,60 @@ class Table:
         self.plans = {name: _plan(pipeline, routes.services) for name, pipeline in routes.pipelines.items()}
 
     def ready(self, pipeline: str) -> bool:
-        """Whether every service of the pipeline has a ready replica."""
-        return all(self.targets[service].replicas for service in self.plans[pipeline].services)
+        """Whether every service of the pipeline has somebody to send to."""
+        return all(self.targets[service].served for service in self.plans[pipeline].services)
 
     def link(self, source: str, destination: str) -> Link:
         """The link between two nodes; within a node, or where the testbed names none, nothing is lost."""
         return self.routes.links.get(source, {}).get(destination, _LOCAL)
 
+    def let_out(self, service: str, standby: Standby) -> Target:
+        """Count one of the service's standbys as ready, the last one, and spend the allowance."""
+        old = self.targets[service]
+        left = old.allowance - 1
+        target = self.targets[service] = replace(
+            old,
+            replicas=(*old.replicas, standby.candidate.replica),
+            nodes=(*old.nodes, standby.node),
+            candidates=(*old.candidates, standby.candidate),
+            standbys=tuple(other for other in old.standbys if other is not standby) if left else (),
+            allowance=left,
+        )
+        return target
+
+    def take_back(self, service: str, replica: str) -> None:
+        """Undo `let_out`, as far as it happened here, and let nobody else of the service out before the next document."""
+        old = self.targets.get(service)
+        if old is None:
+            return
+        ready = sum(each.state == "ready" for each in old.service.replicas)
+        stay = [i for i, name in enumerate(old.replicas) if i < ready or name != replica]
+        self.targets[service] = replace(
+            old,
+            replicas=tuple(old.replicas[i] for i in stay),
+            nodes=tuple(old.nodes[i] for i in stay),
+            candidates=tuple(old.candidates[i] for i in stay),
+            standbys=(),
+            allowance=0,
+        )
+
 
 def _target(service: Service) -> Target:
     ready = [replica for replica in service.replicas if replica.state == "ready"]
+    standby = [replica for replica in service.replicas if replica.state == "standby"] if service.allowance else []
     return Target(
         service=service,
         replicas=tuple(replica.id for replica in ready),
         nodes=tuple(replica.node for replica in ready),
-        candidates=tuple(Candidate(replica.id, f"{replica.url}/v2/models/{service.name}/infer") for replica in ready),
+        candidates=tuple(_candidate(service, replica) for replica in ready),
         input_bytes=float(sum(tensor.bytes_per_item for tensor in service.inputs)),
+        standbys=tuple(Standby(replica.node, _candidate(service, replica)) for replica in standby),
+        allowance=service.allowance,
     )
+
+
+def _candidate(service: Service, replica: Replica) -> Candidate:
+    return Candidate(replica.id, f"{replica.url}/v2/models/{service.name}/infer")
 
 
 def _plan(pipeline: Pipeline, services: Mapping[str, Service]) -> Plan:
@@ -84,4 +140,13 @@ def _plan(pipeline: Pipeline, services: Mapping[str, Service]) -> Plan:
     for name, ref in pipeline.outputs.items():
         specs = inputs if step_of(ref) == "request" else {tensor.name: tensor for tensor in stages[step_of(ref)].outputs}
         outputs[name] = specs[name_of(ref)].model_copy(update={"name": name})
-    return Plan(pipeline, segments(pipeline), inputs, outputs)
+    cut = segments(pipeline)
+    return Plan(pipeline, cut, inputs, outputs, _hops_after(cut))
+
+
+def _hops_after(cut: tuple[Segment, ...]) -> tuple[int, ...]:
+    after = [0] * len(cut)
+    for index in range(len(cut) - 1, -1, -1):
+        for parent in cut[index].parents:
+            after[parent] = max(after[parent], len(cut[index].steps) + after[index])
+    return tuple(after)

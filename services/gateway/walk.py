@@ -8,18 +8,17 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from services.dataplane import admission, deadline, itinerary, wire
+from services.dataplane import admission, deadline, itinerary, letting_out, wire
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import NoReplica, Overloaded, TaskError, UpstreamFailed
 from services.dataplane.itinerary import Hop
-from services.dataplane.pipeline import Segment
-from services.dataplane.routing import RouteBook
+from services.dataplane.routing import MAX_CANDIDATES, RouteBook
 from services.dataplane.wire import Limits, Tensor
 from services.forward import Call, Forwarder
-from services.gateway.table import Plan, Table, Target
+from services.gateway.table import Plan, Standby, Table, Target
 
 Hops = list[dict[str, Any]]
 
@@ -27,34 +26,56 @@ Hops = list[dict[str, Any]]
 class Walker:
     """Sends tasks through segments and learns from every answer how the replicas fare."""
 
-    def __init__(self, forwarder: Forwarder, node: str, rng: random.Random, limits: Limits) -> None:
+    def __init__(
+        self, forwarder: Forwarder, node: str, rng: random.Random, limits: Limits, tell: Callable[[str, str], None]
+    ) -> None:
+        """Begin knowing nothing of any replica.
+
+        Args:
+            forwarder: makes the calls.
+            node: where this gateway runs.
+            rng: for the two choices.
+            limits: on answers.
+            tell: called with service and replica when a standby has been let out; must not block.
+        """
         self._forwarder = forwarder
         self._book: RouteBook = forwarder.book
         self._node = node
         self._rng = rng
         self._limits = limits
+        self._tell = tell
 
     def admit(self, table: Table, plan: Plan, until: Deadline) -> None:
         """Let the task in, or refuse it.
 
         Raises:
-            NoReplica: a service of the pipeline has no ready replica.
+            NoReplica: a service of the pipeline has no ready replica, and no standby that may be let out.
             Overloaded: the predicted completion is past the deadline.
         """
         now = time.monotonic()
         hop_s = {}
         for service in plan.services:
             target = table.targets[service]
-            if not target.replicas:
+            if not target.served:
                 raise NoReplica(f"service {service!r} has no ready replica", stage=service)
             hop_s[service] = admission.replica_s(self._book, target.replicas, now)
         predicted_s = admission.critical_path_s(plan.segments, hop_s)
         excess_s = admission.excess_s(predicted_s, until.budget_s)
-        if excess_s > 0:
+        if excess_s > 0 and admission.excess_s(self._with_standbys_s(table, plan, hop_s, now), until.budget_s) > 0:
             raise Overloaded(
                 f"the predicted time of {predicted_s * 1e3:.1f} ms is over the deadline of {until.budget_s * 1e3:.1f} ms",
                 retry_after_s=excess_s,
             )
+
+    def _with_standbys_s(self, table: Table, plan: Plan, hop_s: Mapping[str, float], now: float) -> float:
+        """The predicted time [s] if every standby that may be let out were."""
+        best_s = dict(hop_s)
+        for service in plan.services:
+            target = table.targets[service]
+            if target.standbys:
+                everybody = (*target.replicas, *(standby.candidate.replica for standby in target.standbys))
+                best_s[service] = admission.replica_s(self._book, everybody, now)
+        return admission.critical_path_s(plan.segments, best_s)
 
     async def run(
         self, table: Table, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Mapping[str, str]
@@ -76,16 +97,15 @@ class Walker:
         """
         bag = dict(tensors)
         if len(plan.segments) == 1:
-            return bag, await self._segment(table, plan.segments[0], bag, until, trace, 0.0)
+            return bag, await self._segment(table, plan, 0, bag, until, trace, 0.0)
         after_s = self._after(table, plan)
         done = [asyncio.Event() for _ in plan.segments]
         hops: list[Hops] = [[] for _ in plan.segments]
 
         async def branch(index: int) -> None:
-            segment = plan.segments[index]
-            for parent in segment.parents:
+            for parent in plan.segments[index].parents:
                 await done[parent].wait()
-            hops[index] = await self._segment(table, segment, bag, until, trace, after_s[index])
+            hops[index] = await self._segment(table, plan, index, bag, until, trace, after_s[index])
             done[index].set()
 
         try:
@@ -102,15 +122,17 @@ class Walker:
     async def _segment(
         self,
         table: Table,
-        segment: Segment,
+        plan: Plan,
+        index: int,
         bag: dict[str, Tensor],
         until: Deadline,
         trace: Mapping[str, str],
         after_s: float,
     ) -> Hops:
         """Call one chain, put what it returns into the bag, and give back its hops."""
+        segment = plan.segments[index]
         tensors = tuple(Tensor(ref, bag[ref].datatype, bag[ref].array) for ref in segment.sends)
-        call = self._call(table, segment, tensors, until, trace, after_s)
+        call = self._call(table, plan, index, tensors, until, trace, after_s)
         try:
             answer = await self._forwarder.post(call)
         except TaskError as error:
@@ -120,7 +142,7 @@ class Walker:
             deeper = isinstance(error, UpstreamFailed) and error.stage != call.service
             if not (deeper and until.remaining_s(time.monotonic()) > call.least_s and self._forwarder.allow_retry()):
                 raise
-            call = self._call(table, segment, tensors, until, trace, after_s)
+            call = self._call(table, plan, index, tensors, until, trace, after_s)
             answer = await self._forwarder.post(call)
         try:
             message = wire.decode_response(answer.body, answer.headers.get(wire.HEADER_LENGTH), self._limits)
@@ -137,16 +159,17 @@ class Walker:
     def _call(
         self,
         table: Table,
-        segment: Segment,
+        plan: Plan,
+        index: int,
         tensors: tuple[Tensor, ...],
         until: Deadline,
         trace: Mapping[str, str],
         after_s: float,
     ) -> Call:
         now = time.monotonic()
-        hops = self._hops(table, segment, now, after_s)
+        hops = self._hops(table, plan, index, until, now, after_s)
         for hop in hops:
-            self._book.sent(hop.candidates[0].replica)
+            self._book.sent(hop.candidates[0].replica, now)
         parameters = {
             itinerary.PARAMETER: itinerary.to_parameter(hops),
             deadline.PARAMETER: deadline.to_parameter(until.remaining_s(now)),
@@ -162,27 +185,75 @@ class Walker:
             trace=trace,
         )
 
-    def _hops(self, table: Table, segment: Segment, now: float, after_s: float) -> tuple[Hop, ...]:
-        """The segment's itinerary; the reserve of a hop is what the hops behind it and the segments after it will take."""
+    def _hops(self, table: Table, plan: Plan, index: int, until: Deadline, now: float, after_s: float) -> tuple[Hop, ...]:
+        """A segment's itinerary; the reserve of a hop is what the hops behind it and the segments after it will take."""
+        segment = plan.segments[index]
         chosen: list[tuple[int, ...]] = []
         node = self._node
-        for step in segment.steps:
+        for position, step in enumerate(segment.steps):
             target = table.targets[step.service]
-            if not target.replicas:
+            order: tuple[int, ...] = ()
+            if target.replicas:
+                links_s = [table.link(node, other).transfer_s(target.input_bytes) for other in target.nodes]
+                order = self._book.order(target.replicas, links_s, now, self._rng)
+            if target.standbys and self._is_due(table, plan, index, position, order, until.due - after_s, now):
+                target, order = self._let_out(table, step.service, order, node, now)
+            if not order:
                 raise NoReplica(f"service {step.service!r} has no ready replica", stage=step.service)
-            links_s = [table.link(node, other).transfer_s(target.input_bytes) for other in target.nodes]
-            order = self._book.order(target.replicas, links_s, now, self._rng)
             node = target.nodes[order[0]]
             chosen.append(order)
         reserve_s = after_s
         hops: list[Hop] = []
-        for index in range(len(segment.steps) - 1, -1, -1):
-            step, target = segment.steps[index], table.targets[segment.steps[index].service]
-            candidates = tuple(target.candidates[i] for i in chosen[index])
-            hops.append(Hop(step.id, step.service, candidates, step.inputs, segment.keeps[index], reserve_s))
+        for position in range(len(segment.steps) - 1, -1, -1):
+            step, target = segment.steps[position], table.targets[segment.steps[position].service]
+            candidates = tuple(target.candidates[i] for i in chosen[position])
+            hops.append(Hop(step.id, step.service, candidates, step.inputs, segment.keeps[position], reserve_s))
             view = self._book.view(candidates[0].replica)
             reserve_s += view.service_s + view.transfer_s
         return tuple(reversed(hops))
+
+    def _is_due(
+        self, table: Table, plan: Plan, index: int, position: int, order: tuple[int, ...], due: float, now: float
+    ) -> bool:
+        """Whether a standby is let out for this hop: nobody at work is alive, or the best would keep the task waiting too long.
+
+        `due` is the instant at which the segment must be done.
+        """
+        rest = plan.segments[index].steps[position:]
+        target = table.targets[rest[0].service]
+        if not order or self._book.ejected(target.replicas[order[0]], now):
+            return True
+        wait_s = self._book.view(target.replicas[order[0]]).expected_wait_s(now)
+        if wait_s <= 0.0:
+            return False
+        slack_s = due - now - sum(self._work_s(table.targets[step.service]) for step in rest)
+        hops = len(rest) + plan.hops_after[index]
+        # The best of two draws is not the best of all, and another task may well draw that.
+        return letting_out.is_due(wait_s, slack_s, hops) and letting_out.is_due(self._least_wait_s(target, now), slack_s, hops)
+
+    def _least_wait_s(self, target: Target, now: float) -> float:
+        living = (replica for replica in target.replicas if not self._book.ejected(replica, now))
+        return min(self._book.view(replica).expected_wait_s(now) for replica in living)
+
+    def _let_out(
+        self, table: Table, service: str, order: tuple[int, ...], node: str, now: float
+    ) -> tuple[Target, tuple[int, ...]]:
+        """Let the nearest living standby out, and prefer it; without one, all stays as it is."""
+        target = table.targets[service]
+        living = [standby for standby in target.standbys if not self._book.ejected(standby.candidate.replica, now)]
+        if not living:
+            return target, order
+
+        def completion_s(standby: Standby) -> float:
+            link_s = table.link(node, standby.node).transfer_s(target.input_bytes)
+            return self._book.completion_s(standby.candidate.replica, link_s, now)
+
+        nearest = min(living, key=completion_s)
+        if order:
+            letting_out.introduce(self._book, nearest.candidate.replica, target.replicas[order[0]])
+        target = table.let_out(service, nearest)
+        self._tell(service, nearest.candidate.replica)
+        return target, (len(target.replicas) - 1, *order)[:MAX_CANDIDATES]
 
     def _after(self, table: Table, plan: Plan) -> list[float]:
         """For each segment, the time [s] the longest way from its end to the pipeline's needs, without waits."""

@@ -41,6 +41,12 @@ class StageMetrics:
         self._labels = (service, node)
         self.queue = self._histogram("queue_duration_seconds", "Time a task waited for its batch.", SECONDS)
         self.compute = self._histogram("compute_duration_seconds", "Service time of the batch a task was computed in.", SECONDS)
+        self._squares = Counter(
+            "espalier_stage_compute_seconds_squared",
+            "Squares of the compute times, summed; with sum and count of the histogram they tell the variance.",
+            LABELS,
+            registry=self._registry,
+        ).labels(service, node)
         self.transfer = self._histogram("transfer_duration_seconds", "Time of a call to the next hop on the way.", SECONDS)
         self.batch_size = self._histogram("batch_size", "Items computed together.", ITEMS)
         self._requests = Counter(
@@ -62,6 +68,7 @@ class StageMetrics:
         """Count a task that was computed."""
         self.queue.observe(queue_s)
         self.compute.observe(compute_s)
+        self._squares.inc(compute_s * compute_s)
 
     def ended(self, outcome: str) -> None:
         """Count a request: `ok`, or the reason it failed."""

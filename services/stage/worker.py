@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from models.manifest import BATCH_AXIS, StageSpec
+from services.dataplane import batching
 from services.dataplane.batching import DeadlineQueue, Waiting, batch_units, next_batch
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import Expired, QueueFull, TaskError, TooLarge
@@ -90,11 +91,8 @@ class Worker:
         await asyncio.to_thread(self._executor.shutdown, wait=True)
 
     def expected_wait_s(self, now: float) -> float:
-        """Time [s] a task arriving now would wait: what is queued and what is left of the running batches, over the slots."""
-        running = sum(max(end - now, 0.0) for end in self._ends.values())
-        if not len(self.queue) and len(self._ends) < self._slots:
-            return 0.0
-        return (self.queue.backlog_s + running) / self._slots
+        """Time [s] a task arriving now would wait."""
+        return batching.expected_wait_s(self.queue, self._ends.values(), self._slots, now)
 
     async def compute(
         self,

@@ -54,6 +54,7 @@ def page_of_the_orchestrator() -> bytes:
     metrics.tick.observe(0.01)
     metrics.telemetry({"http://127.0.0.1:8000": 0.5}, {"prometheus": 1, "scrape": 0})
     metrics.acted("apply", "ok")
+    metrics.let_out("pool", "ok")
     metrics.failed({("pool", "edge-1"): 1})
     metrics.promises({"embed": (0.3, 0.05)})
     metrics.spent(Cost(replicas=1.0))

@@ -22,6 +22,7 @@ from loadgen.arrivals import (
     Trace,
     natural_s,
     parse,
+    scaled,
     stream,
 )
 
@@ -60,6 +61,25 @@ def test_a_longer_horizon_only_adds_times_at_the_end(
     long = process.times(np.random.default_rng(seed), horizon_s + more_s)
     assert np.array_equal(short, long[: len(short)])
     assert np.all(long[len(short) :] >= horizon_s)
+
+
+@pytest.mark.parametrize(
+    ("spec", "doubled"),
+    [
+        ("poisson:20", "poisson:40"),
+        ("constant:10", "constant:20"),
+        ("gamma:20,cv2=4", "gamma:40,cv2=4"),
+        ("mmpp:5@8s,40@2s", "mmpp:10@8s,80@2s"),
+        ("step:10@20s,30@20s", "step:20@20s,60@20s"),
+        ("diurnal:20,amplitude=0.8,period=60s", "diurnal:40,amplitude=0.8,period=60s"),
+    ],
+)
+def test_a_scaled_process_has_other_rates_and_nothing_else(spec: str, doubled: str) -> None:
+    assert scaled(parse(spec), 2.0) == parse(doubled)
+
+
+def test_a_scaled_trace_is_replayed_faster() -> None:
+    assert scaled(Trace("-", (1.0, 2.0), scale=3.0), 2.0) == Trace("-", (1.0, 2.0), scale=6.0)
 
 
 @given(processes)

@@ -32,7 +32,7 @@ pipelines:
       - {id: pool, service: pool}
     outputs: {embedding: pool.embedding}
 gateway: {port: 0}
-control: {slot: 100ms}
+control: {slot: 100ms, policy: manual}
 workload: {embed: "poisson:20"}
 """
 

@@ -33,10 +33,15 @@ class Panel:
         self.asked.append(("routes", after, wait_s, gateway))
         return self.answer
 
-    def scale(self, service: str, replicas: int, standby: int | None) -> None:
+    def scale(self, service: str, replicas: int | None, standby: int | None) -> None:
         if self.refusal is not None:
             raise self.refusal
         self.asked.append(("scale", service, replicas, standby))
+
+    def let_out(self, service: str, replica: str) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.asked.append(("let_out", service, replica))
 
     def restart(self, services: list[str] | None) -> None:
         self.asked.append(("restart", services))
@@ -71,6 +76,7 @@ async def test_orders_are_passed_on(panel: Panel, client: httpx.AsyncClient) -> 
     for path, body in (
         ("/v1/scale", {"service": "pool", "replicas": 2}),
         ("/v1/scale", {"service": "pool", "replicas": 2, "standby": 1}),
+        ("/v1/scale", {"service": "pool", "replicas": None}),
         ("/v1/restart", {}),
         ("/v1/restart", {"services": ["pool"]}),
         ("/v1/update", {"testbed": "name: small", "name": "small.yaml", "limit": 60}),
@@ -78,9 +84,17 @@ async def test_orders_are_passed_on(panel: Panel, client: httpx.AsyncClient) -> 
     ):
         assert (await client.post(path, json=body)).status_code == 202
     assert panel.asked == [
-        ("scale", "pool", 2, None), ("scale", "pool", 2, 1), ("restart", None), ("restart", ["pool"]),
-        ("update", "name: small", "small.yaml", 60.0), ("shut_down",),
+        ("scale", "pool", 2, None), ("scale", "pool", 2, 1), ("scale", "pool", None, None),
+        ("restart", None), ("restart", ["pool"]), ("update", "name: small", "small.yaml", 60.0), ("shut_down",),
     ]  # fmt: skip
+
+
+async def test_a_standby_that_a_gateway_has_let_out_is_put_to_work_or_refused(panel: Panel, client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/let-out", json={"service": "pool", "replica": "pool-2"})
+    assert (answer.status_code, answer.json(), panel.asked) == (200, {"let_out": True}, [("let_out", "pool", "pool-2")])
+    for refusal, status in ((UsageError("no such replica"), 400), (Infeasible("the allowance is spent"), 409)):
+        panel.refusal = refusal
+        assert (await client.post("/v1/let-out", json={"service": "pool", "replica": "pool-2"})).status_code == status
 
 
 @pytest.mark.parametrize(

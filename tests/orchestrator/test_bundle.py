@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import gc
 import hashlib
 import io
 import json
@@ -10,7 +9,6 @@ import os
 import resource
 import shutil
 import tarfile
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -422,12 +420,9 @@ def command(*arguments: str, env: Mapping[str, str] | None = None) -> Result:
 
 
 @pytest.fixture
-def no_engine(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Variables under which no engine answers. The `docker` package does not close a socket that it could not connect."""
-    yield {"DOCKER_HOST": f"unix://{tmp_path}/none.sock"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+def no_engine(tmp_path: Path) -> dict[str, str]:
+    """Variables under which no engine answers."""
+    return {"DOCKER_HOST": f"unix://{tmp_path}/none.sock"}
 
 
 def test_without_an_engine_the_rest_is_unpacked_and_the_status_says_so(

@@ -26,6 +26,7 @@ from orchestrator.core import (
 from orchestrator.decision_log import Begin, CutOff, DecisionLog, Entry, Origin, Slot
 from orchestrator.errors import UsageError
 from orchestrator.scaling.manual import Manual, ManualState
+from orchestrator.scaling.policies import POLICIES
 from tests.orchestrator.scaling.test_manual import POLICY, seen
 
 ORIGIN = Origin("small", "0" * 64)
@@ -173,8 +174,8 @@ def test_what_is_no_log_is_refused_by_file_and_line(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (
-            {"policy": "lyapunov"},
-            "there is no policy 'lyapunov' in this version; it has manual, static, hpa, keda, kpa, ray, square_root",
+            {"policy": "tea_leaves"},
+            f"there is no policy 'tea_leaves' in this version; it has {', '.join(POLICIES)}",
         ),
         ({"decision_log": 2}, "format 2; this version of espalier reads format 1"),
         ({"testbed": None}, "testbed: Input should be a valid string"),

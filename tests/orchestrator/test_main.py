@@ -99,6 +99,15 @@ def test_a_testbed_comes_up_is_scaled_survives_its_orchestrator_and_goes_down(te
     assert "as ordered" in status["decision"]["reason"] or "new order" in status["decision"]["reason"]
 
     terminal.good("scale", "pool", "3", "--wait")
+    terminal.good("scale", "pool", "auto")
+    until = time.monotonic() + 15
+    while (states := terminal.status()["services"]["pool"]["states"]) != {
+        "starting": 0,
+        "standby": 0,
+        "ready": 1,
+        "draining": 0,
+    }:
+        assert time.monotonic() < until, states
     terminal.good("scale", "pool", "1", "--standby", "1", "--wait")
     assert terminal.status()["services"]["pool"]["states"] == {"starting": 0, "standby": 1, "ready": 1, "draining": 0}
 
@@ -220,6 +229,8 @@ def test_orders_that_make_no_sense_are_refused_with_a_reason(terminal: Terminal)
     terminal.good("up")
     for arguments, said in (
         (("scale", "encod", "2"), "there is no service 'encod'; did you mean encode?"),
+        (("scale", "encode", "auto", "--wait"), "auto has no number to wait for; leave out --wait"),
+        (("scale", "encode", "many"), "'many' is not a valid integer range; give a number of replicas, or auto"),
         (("scale", "encode", "0"), "encode keeps at least 1 replicas (its floor); asked for 0"),
         (("scale", "encode", "50"), "no node has room for replica 9 of 50 of encode"),
         (("restart", "pol"), "there is no service 'pol'; did you mean pool?"),
@@ -235,7 +246,7 @@ def test_a_stage_that_does_not_start_fails_the_set_up_and_says_which(terminal: T
     result = CliRunner(env={**FAKES, "ESPALIER_STAGE_MODULE": "tests.orchestrator.no_such_module"}).invoke(
         main,
         ["up", str(terminal.testbed), "--models-dir", str(terminal.home / "models"), "--state-dir", str(terminal.state.root),
-         "--limit", "2"],
+         "--limit", "6"],
     )  # fmt: skip
     assert result.exit_code == 3
     assert "pool has 0 of 1 ready" in result.stderr

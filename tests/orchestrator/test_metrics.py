@@ -35,6 +35,15 @@ def test_failures_are_counted_by_place_from_zero_on() -> None:
     assert read(metrics)["espalier_replica_failures_total", "a", "pool"] == 3
 
 
+def test_standbys_let_out_are_counted_by_what_came_of_it() -> None:
+    metrics = Metrics()
+    for result in ("ok", "again", "refused", "ok"):
+        metrics.let_out("pool", result)
+    values = read(metrics)
+    assert values["espalier_controller_let_out_total", "ok", "pool"] == 2
+    assert values["espalier_controller_let_out_total", "refused", "pool"] == 1
+
+
 def test_the_telemetry_in_use_and_what_was_promised_are_shown_as_they_are_now() -> None:
     metrics = Metrics()
     for source, pipeline in (("http://a:1", "rank"), ("http://b:1", "embed")):

@@ -12,6 +12,8 @@ def test_orders_survive_a_restart(tmp_path: Path) -> None:
     orders.restart(["pool", "encode"])
     orders.restart(["pool"])
     orders.scale("encode", Target(1))
+    orders.scale("rank", Target(2))
+    orders.release("rank")
     again = Orders(tmp_path / "state" / "orders.json")
     assert again.targets == {"pool": Target(3, 1), "encode": Target(1, 0)}
     assert [again.generation(name) for name in ("pool", "encode", "rank")] == [2, 1, 0]

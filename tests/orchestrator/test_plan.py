@@ -41,7 +41,7 @@ def test_between_two_plans_stand_the_services_of_both_and_the_pipelines_of_the_o
     assert set(both.services()) == {"tokenise", "encode", "pool", "mean"}
     assert both.services()["encode"].cpus == 0.25, "the new shape of what both have"
     assert [step.service for step in both.map().pipelines["embed"].steps] == ["tokenise", "encode", "pool"]
-    assert both.policy().wanted({})["mean"].replicas == 1
+    assert both.testbed.targets()["mean"].replicas == 1
 
 
 @pytest.mark.parametrize(("old", "new"), [("name: small", "name: other"), ("gateway: {port: 0}", "gateway: {port: 9}")])

@@ -61,7 +61,7 @@ def test_a_state_that_does_not_follow_is_seen(log: Path) -> None:
     edit(log, 3, lambda slot: slot["state"].update(placement=None))
     result = replay.replay(log)
     assert [(difference.line, difference.what) for difference in result.differences] == [(3, "state")]
-    assert result.differences[0].logged == {"placement": None}
+    assert result.differences[0].logged == {"placement": None, "let_out": {}}
 
 
 def test_a_run_begins_with_the_initial_state(log: Path) -> None:

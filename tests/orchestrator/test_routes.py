@@ -42,6 +42,15 @@ def test_the_document_has_all_that_a_gateway_needs() -> None:
     assert routes.pipelines["embed"].epsilon == 0.05
 
 
+def test_the_allowance_is_part_of_the_document(tmp_path: Path) -> None:
+    publisher = Publisher(plan(), tmp_path / "routes.json")
+    assert publisher.publish([replica()]) == 1
+    assert publisher.current.services["encode"].allowance == 0
+    assert publisher.publish([replica()], {"encode": 2}) == 2
+    assert (publisher.current.services["encode"].allowance, publisher.current.services["pool"].allowance) == (2, 0)
+    assert publisher.publish([replica()], {"encode": 2}) == 2
+
+
 def test_the_version_grows_with_every_change_only_and_across_restarts(tmp_path: Path) -> None:
     path = tmp_path / "routes.json"
     publisher = Publisher(plan(), path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import replay
+from orchestrator import runner as runners
 from orchestrator.core import Observation, Placement, Replica, Target
 from orchestrator.costs import Prices
 from orchestrator.decision_log import DecisionLog
@@ -39,12 +40,14 @@ class Hands:
 
     def __init__(self) -> None:
         self.applied: list[Placement] = []
+        self.seen: Sequence[Replica] = ()
 
     def replicas(self) -> tuple[Replica, ...]:
         return (Replica("encode-1", "encode", "a", "ready", 0.5, 1),)
 
-    def apply(self, desired: Placement) -> None:
+    def apply(self, desired: Placement, seen: Sequence[Replica] = ()) -> None:
         self.applied.append(desired)
+        self.seen = seen
 
 
 class World:
@@ -69,6 +72,12 @@ async def test_a_slot_observes_decides_applies_and_logs(tmp_path: Path) -> None:
     again = replay.replay(world.path)
     assert (again.slots, again.different) == (2, 0)
     assert b'espalier_controller_actions_total{action="apply",result="ok"} 2.0' in world.metrics.exposition()
+
+
+async def test_a_decision_is_applied_together_with_what_was_seen_when_it_was_made(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.runner.tick()
+    assert world.hands.seen == world.hands.replicas()
 
 
 async def test_a_hold_applies_nothing(tmp_path: Path) -> None:
@@ -139,3 +148,22 @@ async def test_the_cost_is_that_of_the_time_between_the_slots(tmp_path: Path) ->
     world.t, world.hands.starts = 10.0, 2
     await world.runner.tick()
     assert (world.runner.cost.replicas, world.runner.cost.starts) == (5.0, 6.0)
+
+
+async def test_many_nudges_begin_one_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runners, "NUDGE_S", 0.02)
+    world = World(tmp_path, slot_s=60.0)
+    loop = asyncio.create_task(world.runner.run())
+    async with asyncio.timeout(5):
+        for looks in (1, 2, 3):
+            while world.eyes.looks < looks:
+                await asyncio.sleep(0.001)
+            for _ in range(100):
+                world.runner.nudge()
+            assert world.eyes.looks == looks, "not at once"
+        while world.eyes.looks < 4:
+            await asyncio.sleep(0.001)
+        assert world.runner._nudged is None, "and no further one is to come"
+    loop.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await loop

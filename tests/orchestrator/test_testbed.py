@@ -93,9 +93,9 @@ EVERY_MISTAKE = [
     ("gateway: {port: 0}", "gateway: {port: 99999}",
      "22: gateway.port: 99999 is out of range: input should be less than or equal to 65535"),
     ("embed: \"poisson", "embedd: \"poisson", "24: workload.embedd: there is no pipeline 'embedd'; did you mean embed?"),
-    ("control: {slot: 100ms}", "control: {slot: 1ms}",
+    ("control: {slot: 100ms, policy: manual}", "control: {slot: 1ms}",
      "23: control.slot: '1ms' is out of range: input should be greater than or equal to 0.05"),
-    ("control: {slot: 100ms}", "control: [100ms]",
+    ("control: {slot: 100ms, policy: manual}", "control: [100ms]",
      "23: control: ['100ms']: input should be a valid dictionary or instance of ControlSection"),
     ("pipelines:\n", "pipelines: [\n", "15: document: not valid YAML: expected ',' or ']', but got ':'"),
 ]  # fmt: skip

@@ -166,6 +166,22 @@ def document(pipelines: list[Pipeline], addresses: Mapping[str, list[str]], vers
     return Routes(version=version, testbed="test", services=services, pipelines={p.name: p for p in pipelines})
 
 
+def with_standbys(kept: Routes, *replicas: str, allowance: int = 1) -> Routes:
+    """The document with these replicas on standby, and so many standbys of every service to be let out."""
+    services = {
+        name: service.model_copy(
+            update={
+                "replicas": tuple(
+                    each.model_copy(update={"state": "standby"}) if each.id in replicas else each for each in service.replicas
+                ),
+                "allowance": allowance,
+            }
+        )
+        for name, service in kept.services.items()
+    }
+    return kept.model_copy(update={"services": services})
+
+
 @asynccontextmanager
 async def gateway(kept: Routes, directory: Path, **options: Any) -> AsyncIterator[tuple[str, Gateway]]:
     """A gateway that serves from a document kept on disk; yields its address and itself."""

@@ -26,7 +26,19 @@ from services.forward import Call, Forwarder
 from services.hotpath import Answer, Endpoint, Front, Request
 from services.transport import Transport
 from tests.services import harness
-from tests.services.harness import Doubler, Gate, chain, document, infer, numbers, outcomes, reason, replica, result
+from tests.services.harness import (
+    Doubler,
+    Gate,
+    chain,
+    document,
+    infer,
+    numbers,
+    outcomes,
+    reason,
+    replica,
+    result,
+    with_standbys,
+)
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "deadlines.md"
 
@@ -394,6 +406,40 @@ async def test_d21_no_ready_replica_is_503(tmp_path: Path) -> None:
         assert (answer.status, reason(answer)) == (503, "no_replica")
         assert json.loads(answer.body)["stage"] == "double"
         assert await counted(gateway) == {"rejected": 1}
+
+
+async def test_d24_a_standby_is_let_out_for_a_task_that_would_wait_too_long(tmp_path: Path) -> None:
+    """Ten seconds of deadline, one hop: half of the slack of 9.9 s may be waited for."""
+    held, free = Gate(), Gate(open_at_first=True)
+    stages = (replica(held, identifier="double-0"), replica(free, identifier="double-1"))
+    async with harness.stages(*stages) as urls:
+        kept = with_standbys(document([chain("double", deadline_s=10.0)], {"double": urls}), "double-1")
+        async with harness.gateway(kept, tmp_path) as (url, gateway):
+            now = asyncio.get_running_loop().time()
+            gateway._book.answered("double-0", now, wait_s=3.0, service_s=0.1, transfer_s=0.0)
+            waiting = asyncio.ensure_future(infer(url, "task", 1.0))
+            await asyncio.to_thread(held.entered.wait)
+            gateway._book.answered("double-0", now, wait_s=9.0, service_s=0.1, transfer_s=0.0)
+            assert [result(await infer(url, "task", 2.0)) for _ in range(3)] == [[4.0]] * 3
+            held.open.set()
+            assert result(await waiting) == [2.0]
+            assert await counted(gateway) == {"on_time": 4}
+    assert (held.batches, free.batches) == ([[1.0]], [[2.0]] * 3)
+
+
+async def test_d25_a_standby_stands_in_where_nobody_is_alive(tmp_path: Path) -> None:
+    async with harness.stages(replica(Doubler(), identifier="double-1")) as [alive]:
+        kept = document([chain("double")], {"double": [closed_port(), alive]})
+        for allowance, status in ((0, 503), (1, 200)):
+            nobody = with_standbys(kept, "double-0", "double-1", allowance=allowance)
+            async with harness.gateway(nobody, tmp_path) as (url, gateway):
+                gateway._book.failed("double-0", asyncio.get_running_loop().time())
+                assert (await infer(url, "task", 1.0)).status == status
+        async with harness.gateway(with_standbys(kept, "double-1"), tmp_path) as (url, gateway):
+            now = asyncio.get_running_loop().time()
+            gateway._book.answered("double-0", now, wait_s=30.0, service_s=0.1, transfer_s=0.0)
+            assert result(await infer(url, "task", 1.0)) == [2.0]
+            assert await counted(gateway) == {"on_time": 1}
 
 
 async def test_d22_every_error_has_one_shape(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from loadgen import arrivals
 from orchestrator.core import Target
 from orchestrator.simulator import run as simulations
-from orchestrator.simulator.run import Loss, Run
+from orchestrator.simulator.faults import LinkFault, Loss, Silence
+from orchestrator.simulator.run import Run
 from tests.orchestrator.simulator.worlds import chain, fork, meshed, simulate, stage, static, world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +22,7 @@ TARGETS = {name: Target(3, standby=1) for name in "abcd"}
 
 
 def eventful(seed: int = 1) -> Run:
-    """Chains and joins over links, overload in bursts, short queues, batches, and the loss of a node."""
+    """Chains and joins over links, overload in bursts, short queues, batches, standbys let out, and faults of every kind."""
     names = {"a": (0.012, 0.5), "b": (0.02, 1.0), "c": (0.01, 0.0), "d": (0.015, 0.3)}
     stages = [
         stage(name, mean_s, cv2, queue_capacity=6, max_batch=4, start_s=0.7, inputs={"x": 2e4, "y": 2e4}, outputs={"x": 5e4})
@@ -30,12 +31,15 @@ def eventful(seed: int = 1) -> Run:
     pipelines = [chain("line", "a", "b", "d", deadline_s=0.2), fork("fork", "a", "b", "c", deadline_s=0.15)]
     where = world(stages, pipelines, nodes=3, cpus=6.0, links=meshed(3, 0.001, 2e7))
     few = static(where, {}).place(dict.fromkeys(TARGETS, Target(2)), None)
-    return simulate(where, LOAD, TARGETS, duration_s=12, initial=few, seed=seed, losses=[Loss("n1", 6.0)], keep_records=True)
+    return simulate(
+        where, LOAD, TARGETS, duration_s=12, initial=few, seed=seed, keep_records=True, silences=[Silence(8.0, 9.5)],
+        losses=[Loss("n1", 6.0, back=9.0)], link_faults=[LinkFault("n0", "n2", 3.0, 4.0, cut=True)],
+    )  # fmt: skip
 
 
 def test_every_task_sent_ends_in_exactly_one_outcome() -> None:
     run = eventful()
-    sent = simulations.schedule({name: arrivals.parse(spec) for name, spec in LOAD.items()}, 1, 12.0)
+    sent = simulations.arrival_times({name: arrivals.parse(spec) for name, spec in LOAD.items()}, 1, 12.0)
     assert {name: sum(counts.values()) for name, counts in run.row.pipelines.items()} == {n: len(t) for n, t in sent.items()}
     ends = Counter((record.pipeline, record.index) for record in run.records)
     assert set(ends.values()) == {1}
@@ -43,6 +47,7 @@ def test_every_task_sent_ends_in_exactly_one_outcome() -> None:
     # The run is of the kind that could lose count: almost everything that can happen did.
     assert all(run.row.outcomes[outcome] for outcome in ("on_time", "expired", "rejected"))
     assert run.row.starts
+    assert run.row.let_out
 
 
 def test_outcome_and_times_of_every_record_agree() -> None:

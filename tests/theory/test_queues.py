@@ -6,6 +6,7 @@ of freedom). Each test also asks that the interval is narrow, so that it could f
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -14,7 +15,9 @@ import pytest
 
 from loadgen import arrivals
 from orchestrator.core import Decision, Observation, Target
+from orchestrator.scaling import effective_capacity
 from orchestrator.simulator import run as simulations
+from orchestrator.simulator.ingredients import NONE
 from orchestrator.simulator.run import Run
 from orchestrator.simulator.world import World
 from tests.orchestrator.simulator.worlds import chain, simulate, stage, static, world
@@ -47,6 +50,7 @@ def erlang_c(c: int, r: float) -> float:
     return top / ((1 - r / c) * sum(r**k / math.factorial(k) for k in range(c)) + top)
 
 
+@functools.cache
 def waited(cv2: float, slots: int, rate: float, tasks: int = 40_000) -> np.ndarray:
     """Waits of the tasks of a long run [s]."""
     load, duration_s = {"tasks": f"poisson:{rate}"}, tasks / rate
@@ -82,6 +86,31 @@ def test_mean_and_tail_of_the_wait_are_those_of_m_m_c() -> None:
     assert agrees(waits, waiting / 1.2, within=0.25)
     for t in (0.0, 1.0):
         assert agrees((waits > t).astype(float), waiting * math.exp(-1.2 * t), within=0.25)
+
+
+@pytest.mark.parametrize(("cv2", "rate"), [(1.0, 0.6), (0.0, 0.7), (0.5, 0.6)], ids=["M/M/1", "M/D/1", "M/G/1"])
+def test_the_tail_of_the_wait_is_what_effective_capacity_says(cv2: float, rate: float) -> None:
+    """P(W > d) <= exp(-eta d) for one server (Kingman), and no less than a third of it, so that the bound says something."""
+    waits = waited(cv2, 1, rate)
+    for d in (1.0, 3.0):
+        arrivals_, service = effective_capacity.Arrivals(rate), effective_capacity.Service(1.0, cv2)
+        bound = effective_capacity.late_probability(arrivals_, service, 1, d, prefactor="kingman")
+        share, half = interval((waits > d).astype(float))
+        assert bound / 3 < share < bound + half
+        if cv2 == 1.0:
+            exact = effective_capacity.late_probability(arrivals_, service, 1, d, prefactor="erlang_c")
+            assert abs(share - exact) < half < 0.3 * exact
+
+
+def test_without_shedding_the_late_ratio_is_the_tail_of_the_time_in_system() -> None:
+    """M/M/1: P(T > D) = exp(-(mu - lambda) D), the closed form of what a pipeline's epsilon is about."""
+    only = stage("only", 1.0, 1.0, queue_capacity=1_000_000)
+    run = simulate(
+        world([only], [chain("tasks", "only", deadline_s=5.0)]), {"tasks": "poisson:0.6"}, {"only": Target(1)},
+        duration_s=40_000 / 0.6, slot_s=1000.0, ingredients=NONE, keep_records=True,
+    )  # fmt: skip
+    records = sorted(run.records, key=lambda record: record.index)[WARMUP:]
+    assert agrees(np.array([record.outcome == "late" for record in records], dtype=float), math.exp(-0.4 * 5.0), within=0.25)
 
 
 @dataclass

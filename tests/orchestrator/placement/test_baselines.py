@@ -9,7 +9,8 @@ from orchestrator.core import Node
 from orchestrator.errors import Infeasible
 from orchestrator.placement import flows
 from orchestrator.placement.baselines import BASELINES
-from orchestrator.placement.program import Limits, Program, cost_of
+from orchestrator.placement.flows import cost_of
+from orchestrator.placement.program import Limits, Program
 from orchestrator.placement.staffing import targets
 from tests.orchestrator.placement.instances import MIB, line, small
 

@@ -5,6 +5,7 @@ import pytest
 from orchestrator.core import Placement, Target
 from orchestrator.errors import Infeasible
 from orchestrator.placement import explain
+from orchestrator.placement.explain import Beside
 from orchestrator.placement.program import Limits
 from tests.orchestrator.placement.instances import line, service, small
 
@@ -12,14 +13,14 @@ LIGHT = (service("pool", 0.5, 1),)
 
 
 def test_light_services_and_standbys_go_into_the_room_that_is_left() -> None:
-    made = explain.make(line(2, 1.0), Limits(), light=LIGHT, targets={"pool": Target(1), "s0": Target(1, 1)})
+    made = explain.make(line(2, 1.0), Limits(), Beside(LIGHT, {"pool": Target(1), "s0": Target(1, 1)}))
     assert made.placement == Placement({"s0": {"a": 1}, "s1": {"a": 1}, "pool": {"b": 1}}, {"s0": {"c": 1}})
     assert made.solution.placement == Placement({"s0": {"a": 1}, "s1": {"a": 1}})
 
 
 def test_light_services_without_room_are_infeasible() -> None:
     with pytest.raises(Infeasible, match="no node has room for replica 9 of 9 of pool"):
-        explain.make(line(2, 1.0), Limits(), light=LIGHT, targets={"pool": Target(9)})
+        explain.make(line(2, 1.0), Limits(), Beside(LIGHT, {"pool": Target(9)}))
 
 
 def test_the_document_says_why_and_what_is_left() -> None:

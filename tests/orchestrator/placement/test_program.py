@@ -8,8 +8,9 @@ import pytest
 from orchestrator.core import Node, Placement
 from orchestrator.errors import Infeasible
 from orchestrator.placement import flows
+from orchestrator.placement.flows import cost_of
 from orchestrator.placement.problem import Demand, Edge, Hosted, Parameters, Problem, Visit
-from orchestrator.placement.program import Limits, Program, cost_of
+from orchestrator.placement.program import Limits, Program
 from tests.orchestrator.placement import instances
 from tests.orchestrator.placement.instances import both_ways, line, small
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
 from collections.abc import Iterator
 
 import docker
@@ -46,12 +44,3 @@ def kind(request: pytest.FixtureRequest) -> Kind:
         return ProcessesKind()
     made: EngineKind = request.getfixturevalue("containers")
     return made
-
-
-@pytest.fixture
-def sockets_left_behind() -> Iterator[None]:
-    """The docker package leaves a socket that could not connect to the garbage collector, which complains; not here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        yield
-        gc.collect()

@@ -37,8 +37,6 @@ from tests.orchestrator.runtimes.world import (
 )
 from tests.orchestrator.socket_proxy.process import command, proxy_process
 
-pytestmark = pytest.mark.usefixtures("sockets_left_behind")
-
 
 class Nobody:
     """A listener that hears nothing."""

@@ -14,8 +14,6 @@ import requests.exceptions
 from orchestrator.runtimes.driver import Unreachable
 from orchestrator.runtimes.engine_api import EngineApi, Refused, version_key
 
-pytestmark = pytest.mark.usefixtures("sockets_left_behind")
-
 
 @pytest.fixture
 def silent(tmp_path: Path) -> EngineApi:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from orchestrator.core import Placement
+from orchestrator.errors import Infeasible, UsageError
 from orchestrator.runtimes import keeper as keepers
 from orchestrator.runtimes.records import Records
 from tests.orchestrator.runtimes.world import (
@@ -38,6 +39,55 @@ async def test_replicas_load_wait_and_are_let_out(kind: Kind, tmp_path: Path) ->
         async with httpx.AsyncClient(trust_env=False) as client:
             answers = [await client.get(f"{r.url}/v2/health/ready") for r in kept.replicas()]
         assert [answer.status_code for answer in answers] == [200, 200]
+
+
+async def test_a_standby_that_a_gateway_lets_out_is_at_work_until_a_decision_that_knows_of_it(
+    kind: Kind, tmp_path: Path
+) -> None:
+    async with running(kind, tmp_path) as (kept, board):
+        ordered = pool({"a": 1}, {"b": 1}, allowance=1)
+        kept.apply(ordered)
+        replicas = await board.until(lambda s: (len(s["ready"]), len(s["standby"])) == (1, 1))
+        standby = next(r.id for r in replicas if r.state == "standby")
+        assert board.allowance == {"pool": 1}
+        async with httpx.AsyncClient(trust_env=False) as client:
+            url = next(r.url for r in replicas if r.id == standby)
+            assert (await client.get(f"{url}/v2/health/ready")).status_code == 200, "it answers before anybody is told"
+        seen = kept.replicas()
+        assert kept.let_out("pool", standby)
+        assert board.allowance == {}, "spent"
+        assert {r.id for r in kept.replicas() if r.let_out} == {standby}
+        assert not kept.let_out("pool", standby), "it is at work already"
+        kept.apply(ordered, seen)
+        assert len(by_state(kept.replicas())["ready"]) == 2, "the decision did not know of it"
+        kept.apply(pool({"a": 1, "b": 1}, allowance=1), kept.replicas())
+        assert len(by_state(kept.replicas())["ready"]) == 2, "the decision keeps it"
+        assert not any(r.let_out for r in kept.replicas())
+        kept.apply(ordered, kept.replicas())
+        assert by_state(kept.replicas())["standby"] == [standby], "the decision takes it back"
+        assert (board.allowance, kept.starts) == ({"pool": 1}, 2), "nothing was started in its place"
+
+
+async def test_a_standby_stays_one_where_its_allowance_or_its_node_has_no_room(kind: Kind, tmp_path: Path) -> None:
+    """Node b has two cores: three replicas of half a core at work leave room for one more, and not for two."""
+    async with running(kind, tmp_path) as (kept, board):
+        kept.apply(pool({"b": 3}, {"b": 2}))
+        await board.until(lambda s: (len(s["ready"]), len(s["standby"])) == (3, 2))
+        ready, (one, two) = by_state(kept.replicas())["ready"], by_state(kept.replicas())["standby"]
+        with pytest.raises(Infeasible, match="the allowance of pool is spent"):
+            kept.let_out("pool", one)
+        kept.apply(pool({"b": 3}, {"b": 2}, allowance=2))
+        kept.let_out("pool", one)
+        with pytest.raises(Infeasible, match=f"{two} cannot be let out: b lacks the cores"):
+            kept.let_out("pool", two)
+        for service, replica in (("pool", "pool-99"), ("encode", one)):
+            with pytest.raises(UsageError, match=f"{service} has no replica"):
+                kept.let_out(service, replica)
+        await asyncio.to_thread(kind.kill, kept, one)
+        await board.until(lambda s: one not in s["ready"])
+        assert not any(r.let_out for r in kept.replicas())
+        await board.until(lambda s: (len(s["ready"]), len(s["standby"])) == (3, 2))
+        assert by_state(kept.replicas())["ready"] == ready, "what died is a standby again, as it was ordered"
 
 
 async def test_scaling_down_drains_after_the_gateways_have_confirmed(kind: Kind, tmp_path: Path) -> None:

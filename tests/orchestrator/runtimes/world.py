@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,13 +39,16 @@ class Noticeboard:
 
     def __init__(self) -> None:
         self.history: list[tuple[float, tuple[Replica, ...]]] = []
+        self.allowance: dict[str, int] = {}
+        """Published last."""
         self.news = asyncio.Event()
         self.confirmed = asyncio.Event()
         self.confirmed.set()
 
-    def publish(self, replicas: Sequence[Replica]) -> int:
+    def publish(self, replicas: Sequence[Replica], allowance: Mapping[str, int]) -> int:
         if not self.history or self.history[-1][1] != tuple(replicas):
             self.history.append((time.monotonic(), tuple(replicas)))
+        self.allowance = dict(allowance)
         self.news.set()
         self.news = asyncio.Event()
         return len(self.history)
@@ -75,8 +78,8 @@ def by_state(replicas: Sequence[Replica]) -> dict[str, list[str]]:
     return states
 
 
-def pool(ready: dict[str, int], standby: dict[str, int] | None = None) -> Placement:
-    return Placement({"pool": ready}, {"pool": standby or {}})
+def pool(ready: dict[str, int], standby: dict[str, int] | None = None, allowance: int = 0) -> Placement:
+    return Placement({"pool": ready}, {"pool": standby or {}}, {"pool": allowance})
 
 
 def launch(stage: str = "pool", grace_s: float = 2.0, generation: int = 0) -> Launch:

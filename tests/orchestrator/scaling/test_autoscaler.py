@@ -13,11 +13,14 @@ from pydantic import TypeAdapter
 from orchestrator.core import Decision, Node, Observation, Placement, ScalingPolicy, Service, ServiceObservation, Signal, Target
 from orchestrator.errors import Infeasible
 from orchestrator.scaling import policies
+from orchestrator.scaling.algorithm1 import Algorithm1
 from orchestrator.scaling.autoscaler import place
-from orchestrator.scaling.hpa import Behavior, Hpa, Keda
+from orchestrator.scaling.hpa import Hpa, Keda
+from orchestrator.scaling.inferline import InferLine
 from orchestrator.scaling.kpa import Kpa
+from orchestrator.scaling.oracle import Oracle
 from orchestrator.scaling.ray import Ray
-from orchestrator.scaling.site import Site
+from orchestrator.scaling.site import Law, Promise, Site
 from orchestrator.scaling.square_root import SquareRoot, Static
 
 SITE = Site(
@@ -27,7 +30,18 @@ SITE = Site(
     flows=frozenset({("encode", "pool")}),
     latencies_s={("a", "b"): 0.01},
 )
-ALL: list[ScalingPolicy[Any]] = [Static(SITE), Hpa(SITE), Keda(SITE), Kpa(SITE), Ray(SITE), SquareRoot(SITE)]
+ALL: list[ScalingPolicy[Any]] = [
+    Static(SITE),
+    Hpa(SITE),
+    Keda(SITE),
+    Kpa(SITE, concurrency=1.0),
+    Ray(SITE),
+    SquareRoot(SITE),
+    InferLine(SITE),
+    InferLine(SITE, sample={"pool": (90, 110)}),
+    Algorithm1(SITE),
+    Oracle(SITE, {"pool": (1,) * 99}),
+]
 
 
 class Film:
@@ -51,60 +65,6 @@ class Film:
         assert self.decision.desired is not None
         self.on = self.decision.desired.ready
         return self.decision.desired.target("pool").replicas
-
-
-def test_hpa_keeps_within_its_tolerance_grows_at_once_and_shrinks_after_its_window() -> None:
-    film = Film(Hpa(SITE, utilisation=0.5))
-    assert film.see(0, 10, service_s=0.109) == 2, "1.09 of 1.0: within a tenth"
-    assert film.see(15, 10, service_s=0.2) == 4
-    assert film.see(20, 10, service_s=0.9) == 4, "it looks every 15 s"
-    assert film.see(30, 10, service_s=2.0) == 8, "40 wanted; four pods or double, whichever is more"
-    assert film.see(45, 10, service_s=2.0) == 16
-    for t in range(60, 345, 15):
-        assert film.see(t, 1, service_s=0.1) == 16
-    assert film.see(345, 1, service_s=0.1) == 1, "the last high proposal was at 45"
-
-
-def test_hpa_takes_replicas_that_are_not_ready_to_idle() -> None:
-    film = Film(Hpa(SITE, utilisation=0.5, behavior=Behavior(sync_s=1.0)))
-    assert film.see(0, 10, service_s=0.2) == 4
-    film.on = {**film.on, "pool": {"a": 1, "b": 1}}
-    assert film.see(1, 10, service_s=0.2) == 4, "two are ready, and busy all the time; two more are on their way"
-
-
-def test_keda_divides_the_queue() -> None:
-    film = Film(Keda(SITE, queue_length=5.0, behavior=Behavior(sync_s=1.0)))
-    assert film.see(0, inflight=10.0) == 2
-    assert film.see(1, inflight=17.0) == 4
-    assert film.see(2, inflight=1.0) == 4
-    assert film.see(302, inflight=1.0) == 1
-
-
-def test_kpa_panics_on_the_short_window_and_takes_nothing_away_until_a_stable_window_later() -> None:
-    film = Film(Kpa(SITE, concurrency=1.0, utilisation=0.7))
-    for t in range(0, 60, 2):
-        assert film.see(t, inflight=1.4) == 2
-    film.see(60, inflight=14.0)
-    film.see(62, inflight=14.0)
-    assert film.see(64, inflight=14.0) == 20, "6 s at 14 / 0.7"
-    for t in range(66, 122, 2):
-        assert film.see(t, inflight=1.4) == 20, "in panic nothing is taken away"
-    assert film.see(122, inflight=1.4) == 10, "more than 60 s after twice of what was ready was wanted; half at once"
-    assert film.see(124, inflight=1.4) == 5
-    assert film.see(126, inflight=1.4) == 2
-
-
-def test_ray_waits_for_its_delays_and_smooths() -> None:
-    film = Film(Ray(SITE, up_delay_s=3.0, down_delay_s=6.0, look_back_s=1.0, up_factor=0.5))
-    assert [film.see(t, inflight=12.0) for t in (0, 1, 2, 3)] == [2, 2, 2, 4], "half of the way from 2 to 6"
-    assert film.see(4, inflight=1.0) == 4
-    assert film.see(5, inflight=8.0) == 4, "a break: the delay starts anew"
-    assert [film.see(t, inflight=1.0) for t in range(6, 13)] == [4, 4, 4, 4, 4, 4, 1]
-
-
-def test_ray_shrinks_by_one_where_smoothing_alone_would_keep_it() -> None:
-    film = Film(Ray(SITE, down_delay_s=0.0, down_factor=0.1))
-    assert film.see(0, inflight=1.0) == 1
 
 
 def test_square_root_follows_load_and_backlog_and_gives_up_after_its_hold() -> None:
@@ -147,7 +107,7 @@ class TestEveryPolicy:
             film.see(t, 900 + t, inflight=5000.0, queue_length=t * 100.0, service_s=0.5)
             reasons.append(film.decision.reason)
         assert all(sum(film.on[s].get(node, 0) for s in film.on) <= 40 for node in "ab")
-        if not isinstance(policy, Static | Hpa):
+        if not isinstance(policy, Static | Hpa | Oracle):
             assert sum(film.on["pool"].values()) == 78
             assert any("no room for all of pool" in reason for reason in reasons)
 
@@ -164,8 +124,14 @@ class TestEveryPolicy:
 def test_never_below_the_floor_nor_above_the_most(slots: list[tuple[float, float, float]]) -> None:
     light = replace(SITE.services[1], floor=2)
     site = replace(SITE, services=(SITE.services[0], light), most={"pool": 9})
-    for kind in (Hpa, Keda, Kpa, Ray, SquareRoot):
-        film = Film(kind(site))
+    profiled = replace(site, laws={"pool": Law(0.1, 0.5)}, promises={"p": Promise(0.5, 0.05, (("encode", "pool"),))})
+    for policy in (
+        *(kind(site) for kind in (Hpa, Keda, Kpa, Ray, SquareRoot, InferLine, Algorithm1)),
+        InferLine(profiled, {"pool": (0, 30, 90)}),
+        Algorithm1(profiled),
+        Oracle(profiled, {"pool": (0, 40) * 99}, step_s=10.0),
+    ):
+        film = Film(policy)
         for i, (rate, waiting, service_s) in enumerate(slots):
             wanted = film.see(400.0 * i, rate, inflight=waiting, queue_length=waiting, service_s=service_s)
             assert 2 <= wanted <= 9

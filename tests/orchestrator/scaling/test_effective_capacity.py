@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.scaling import effective_capacity as ec
@@ -107,6 +107,8 @@ def staffed(load: Arrivals, law: Service, budget: float, epsilon: float, **optio
 
 
 @given(loads, laws, st.floats(0.0, 1.0), epsilons, st.floats(1.0, 2.0), st.floats(0.0, 50.0), prefactors)
+@example(Arrivals(5e-324, 0.5), Service(0.5, cv2=0.0, batch=1), 0.5, 0.05, 2.0, 0.0, "kingman")
+@example(Arrivals(5e-324, 0.1), Service(0.5, cv2=4.0, batch=1), 0.5, 0.05, 2.0, 0.0, "kingman")
 def test_more_load_or_a_stricter_promise_never_takes_fewer(
     load: Arrivals, law: Service, budget: float, epsilon: float, more: float, backlog: float, prefactor: str
 ) -> None:

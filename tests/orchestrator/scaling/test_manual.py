@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from orchestrator.core import Node, Observation, Placement, Service, ServiceObservation, Signal, Target
 from orchestrator.scaling.manual import Manual, ManualState
@@ -76,3 +77,56 @@ def test_an_order_that_does_not_fit_is_a_hold_with_its_reason() -> None:
 def test_an_equal_state_and_observation_give_an_equal_decision() -> None:
     state = ManualState(Placement({"encode": {"a": 2}}, {}))
     assert POLICY.step(state, seen()) == POLICY.step(state, seen())
+
+
+def lent(t: float, let_out: Mapping[str, int] | None = None, queue: float = 0.0, age_s: float = 0.1) -> Observation:
+    """The pool's one standby, on b: just let out or not, and how long its queue is."""
+    ready = {"encode": ServiceObservation({"a": {"ready": 1}, "b": {"ready": 1}})}
+    signal = Signal(age_s=age_s, queue_length=queue)
+    return Observation(t, {**ready, "pool": ServiceObservation({"b": {"ready": 1, "standby": 1}}, signal, let_out or {})})
+
+
+def test_all_standbys_may_be_let_out() -> None:
+    state, first = POLICY.step(POLICY.initial(), lent(0.0))
+    _, second = POLICY.step(state, lent(1.0))
+    assert first.desired is not None
+    assert second.desired == first.desired
+    assert first.desired.allowance == {"pool": 1}
+
+
+def test_a_standby_that_is_let_out_stays_at_work_while_it_is_needed_and_a_while_longer() -> None:
+    """t = 1: let out. t = 3: there is a queue. t = 7.9: still held, t = 8: 5 s since the queue, so it is a standby again."""
+    state, _ = POLICY.step(POLICY.initial(), lent(0.0))
+    told = []
+    for seen in (lent(1.0, {"b": 1}), lent(2.0), lent(3.0, queue=4.0), lent(7.9), lent(8.0), lent(9.0)):
+        state, decision = POLICY.step(state, seen)
+        assert decision.desired is not None
+        told.append((decision.desired.target("pool"), decision.desired.allowance, decision.reason))
+    out: tuple[Target, dict[str, int], str] = (Target(2, 0), {}, "as ordered: encode 2, pool 1+1; let out: pool 1")
+    back = (Target(1, 1), {"pool": 1}, "as ordered: encode 2, pool 1+1")
+    assert told == [out, out, out, out, back, back]
+
+
+def test_one_that_is_silent_is_not_taken_back() -> None:
+    state, _ = POLICY.step(POLICY.initial(), lent(0.0))
+    state, _ = POLICY.step(state, lent(1.0, {"b": 1}))
+    state, decision = POLICY.step(state, lent(30.0, age_s=29.0))
+    assert decision.desired is not None
+    assert decision.desired.target("pool") == Target(2, 0)
+
+
+def test_more_than_the_standbys_there_are_is_not_confirmed() -> None:
+    state, _ = POLICY.step(POLICY.initial(), lent(0.0))
+    for t, let_out in ((1.0, {"b": 1, "a": 1}), (2.0, {"b": 1})):
+        state, decision = POLICY.step(state, lent(t, let_out))
+        assert decision.desired is not None
+        assert decision.desired.ready["pool"] == {"b": 2}
+
+
+def test_a_new_order_takes_back_what_was_let_out_for_the_old_one() -> None:
+    state, _ = POLICY.step(POLICY.initial(), lent(0.0))
+    state, _ = POLICY.step(state, lent(1.0, {"b": 1}))
+    state, decision = POLICY.step(state, replace(lent(2.0, {"b": 1}), orders={"encode": Target(1)}))
+    assert decision.desired is not None
+    assert decision.desired.target("pool") == Target(1, 1)
+    assert state.let_out == {}

@@ -59,7 +59,7 @@ def test_equal_parameters_give_equal_text_in_every_process() -> None:
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("lyapunov", {}, "there is no policy 'lyapunov' in this version; it has manual, static"),
+        ("tea_leaves", {}, "there is no policy 'tea_leaves' in this version; it has manual, static"),
         ("manual", {"latencies_s": [1]}, "parameter latencies_s of policy manual: .* must be rows of a key and a value"),
         ("manual", {"nodes": None}, "parameter nodes of policy manual"),
         ("manual", {"gain": 2.0}, "policy manual of this version has other parameters than the log's"),

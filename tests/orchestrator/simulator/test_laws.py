@@ -36,3 +36,8 @@ def test_factors_never_end_and_are_those_of_the_chunks() -> None:
     drawn = list(itertools.islice(endless(Gamma(1.0), stream(1, "x")), 2000))
     rng = stream(1, "x")
     assert drawn == np.concatenate([Gamma(1.0).factors(rng, 1024) for _ in range(2)])[:2000].tolist()
+
+
+def test_every_noise_says_how_much_it_varies() -> None:
+    assert Gamma(0.7).cv2 == 0.7
+    assert Recorded((1.0, 3.0)).cv2 == pytest.approx(0.25)

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import pytest
 
-from orchestrator.core import Placement, Target
-from orchestrator.simulator.run import Loss
+from loadgen import arrivals
+from orchestrator.core import Decision, Observation, Placement, Target
+from orchestrator.simulator import run as simulations
+from orchestrator.simulator.faults import Loss
+from orchestrator.simulator.ingredients import Ingredients
 from tests.orchestrator.simulator.worlds import chain, simulate, stage, world
 
 WORLD = world([stage("a", 0.02, cv2=0.5, start_s=1.0)], [chain("p", "a")])
@@ -65,3 +72,78 @@ def test_a_loss_within_the_run_shows_in_the_row() -> None:
 def test_impossible_times_are_refused(duration_s: float, slot_s: float, warmup_s: float) -> None:
     with pytest.raises(ValueError, match=r"must be above 0|anything to measure"):
         simulate(WORLD, {}, {"a": Target(1)}, duration_s=duration_s, slot_s=slot_s, warmup_s=warmup_s)
+
+
+def test_a_row_says_what_it_is_of() -> None:
+    row = simulate(
+        WORLD,
+        {"p": "poisson:80"},
+        {"a": Target(3)},
+        duration_s=2,
+        load=1.5,
+        options={"v": 4.0},
+        ingredients=Ingredients(let_out=False),
+    ).row
+    assert (row.load, row.options) == (1.5, {"v": 4.0, "ingredients": "shedding+earliest_deadline_first+standby"})
+    assert simulate(WORLD, {}, {"a": Target(1)}, duration_s=1).row.options == {}
+    document = json.loads(json.dumps(row.as_dict()))
+    assert {"policy", "options", "load", "seed", "on_time_ratio", "late_ratio", "epsilon", "cost", "replicas", "starts"} <= set(
+        document
+    )
+
+
+def test_epsilon_is_that_of_the_tasks_that_were_sent() -> None:
+    tight, loose = (chain(name, "a").model_copy(update={"epsilon": epsilon}) for name, epsilon in (("t", 0.01), ("l", 0.2)))
+    row = simulate(
+        world([stage("a", 0.01)], [tight, loose]), {"t": "constant:30", "l": "constant:10"}, {"a": Target(1)}, duration_s=2
+    ).row
+    assert row.epsilon == pytest.approx((60 * 0.01 + 20 * 0.2) / 80)
+    assert row.epsilon_by_pipeline == {"t": 0.01, "l": 0.2}
+    assert row.late_by_pipeline == {"t": 0.0, "l": 0.0}
+
+
+def test_late_ratios_of_pipelines_are_their_own() -> None:
+    both = [chain("in-time", "a"), chain("too-late", "a", deadline_s=0.001)]
+    row = simulate(
+        world([stage("a", 0.01)], both), {"in-time": "constant:10", "too-late": "constant:10"}, {"a": Target(1)}, duration_s=2
+    ).row
+    assert row.late_by_pipeline == {"in-time": 0.0, "too-late": 1.0}
+    assert row.late_ratio == 0.5
+
+
+@dataclass(frozen=True)
+class Reckoned:
+    promised: Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class Promising:
+    """Changes nothing, and reckons with another tail in every slot."""
+
+    state_type = Reckoned
+
+    def initial(self) -> Reckoned:
+        return Reckoned(None)
+
+    def step(self, state: Reckoned, observation: Observation) -> tuple[Reckoned, Decision]:
+        return Reckoned({"p": observation.t / 10} if observation.t >= 1 else None), Decision(None, "promising")
+
+
+def test_what_the_policy_promised_is_averaged_over_the_measured_slots() -> None:
+    one = Placement({"a": {"n0": 1}})
+    done = simulations.run(WORLD, "promising", Promising(), {}, initial=one, duration_s=5, slot_s=1.0, seed=1, warmup_s=2.0)
+    assert done.row.promised is not None
+    assert done.row.promised["p"] == pytest.approx(0.3)
+    assert simulate(WORLD, {}, {"a": Target(1)}, duration_s=1).row.promised is None
+
+
+def test_a_recorded_schedule_takes_the_place_of_the_laws() -> None:
+    run = simulate(WORLD, {"p": "poisson:500"}, {"a": Target(1)}, duration_s=2, schedule={"p": [0.5, 1.25]}, keep_records=True)
+    assert [record.scheduled_s for record in sorted(run.records, key=lambda record: record.index)] == [0.5, 1.25]
+    assert run.visits == 2
+
+
+def test_the_same_schedule_drawn_or_given_is_the_same_run() -> None:
+    drawn = simulations.arrival_times({"p": arrivals.parse("poisson:80")}, 1, 5.0)
+    there, here = (simulate(WORLD, {"p": "poisson:80"}, {"a": Target(2)}, duration_s=5, schedule=s) for s in (drawn, None))
+    assert there == here

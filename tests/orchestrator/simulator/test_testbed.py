@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from loadgen.outcome import TaskRecord
 from models.manifest import ServiceLaw
 from orchestrator.core import Placement, Target
+from orchestrator.simulator.faults import LinkFault, Loss, Silence
+from orchestrator.simulator.ingredients import ALL, Ingredients
 from orchestrator.simulator.kernel import Kernel
-from orchestrator.simulator.run import Loss
 from orchestrator.simulator.testbed import SimulatedTestbed
 from orchestrator.simulator.world import Delays, World
 from tests.orchestrator.simulator.worlds import chain, fork, meshed, simulate, stage, world
@@ -190,11 +192,11 @@ def test_what_only_the_lost_node_could_do_fails_and_the_rest_does_not() -> None:
 def test_nothing_starts_on_a_lost_node() -> None:
     bed = bed_of(small(nodes=2), [], Placement({"a": {"n0": 1, "n1": 1}}))
     bed.apply(Placement({"a": {"n0": 1, "n1": 1}}))
-    bed.lose_node("n1", 1.0)
+    bed.plan_fault(Loss("n1", 1.0))
     bed.kernel.run(10.0)
     assert [(replica.node, replica.state) for replica in bed.replicas()] == [("n0", "ready")]
     with pytest.raises(ValueError, match="no node 'n9'"):
-        bed.lose_node("n9", 11.0)
+        bed.plan_fault(Loss("n9", 11.0))
 
 
 # --- telemetry ------------------------------------------------------------------------------------------------------------
@@ -229,3 +231,210 @@ def test_metric_lag_is_the_age_of_what_is_seen() -> None:
 def test_arrivals_for_no_pipeline_are_refused() -> None:
     with pytest.raises(ValueError, match="no pipeline 'x'"):
         SimulatedTestbed(Kernel(), small(), {"x": [0.0]}, seed=1, initial=ONE)
+
+
+# --- letting out ----------------------------------------------------------------------------------------------------------
+
+
+def let_out_bed(times: list[float], *, allowance: int = 1, **options: Any) -> SimulatedTestbed:
+    """One replica at work and two standbys; the gateway has learnt of the first when the task at 0 s is answered."""
+    ingredients = options.pop("ingredients", ALL)
+    where = world([stage("a", 0.1, start_s=2.0)], [chain("p", "a", deadline_s=0.5)], **options)
+    bed = SimulatedTestbed(
+        Kernel(), where, {"p": [0.0, *times]}, seed=1, initial=WITH_STANDBYS, ingredients=ingredients, keep_records=True
+    )
+    bed.apply(replace(WITH_STANDBYS, allowance={"a": allowance}))
+    return bed
+
+
+WITH_STANDBYS = Placement({"a": {"n0": 1}}, {"a": {"n0": 2}})
+
+
+def test_a_standby_is_let_out_at_once_for_a_task_that_would_wait_too_long() -> None:
+    bed = let_out_bed([1.0, 1.0, 1.0, 1.0])
+    bed.kernel.run(1.0)
+    # Of the 0.4 s of slack half may be spent on waiting: the third would wait 0.2 s, the fourth 0.3 s.
+    assert states(bed) == ["ready", "ready", "standby"]
+    assert [view.let_out for view in bed.replicas()] == [False, True, False]
+    assert bed.let_out == 1
+    assert bed.observe().services["a"].let_out == {"n0": 1}
+    bed.kernel.run(2.0)
+    assert outcomes(bed) == ["on_time"] * 5
+    assert len({hop.replica for record in records(bed) for hop in record.hops}) == 2
+
+
+def test_the_allowance_is_spent_once_a_decision() -> None:
+    burst = [1.0] * 12
+    bed = let_out_bed(burst, allowance=1)
+    bed.kernel.run(1.4)
+    assert states(bed) == ["ready", "ready", "standby"]
+    assert let_out_bed(burst, allowance=0).let_out == 0
+
+
+def test_the_next_decision_confirms_what_was_let_out_or_takes_it_back() -> None:
+    for desired, after in (
+        (Placement({"a": {"n0": 2}}, {"a": {"n0": 1}}), ["ready", "ready", "standby"]),
+        (WITH_STANDBYS, ["ready", "standby", "standby"]),
+    ):
+        bed = let_out_bed([1.0] * 4)
+        bed.kernel.run(1.0)
+        bed.apply(desired)
+        assert bed.observe().services["a"].let_out == {}
+        bed.kernel.run(2.0)
+        assert sorted(states(bed)) == after
+        assert outcomes(bed) == ["on_time"] * 5
+
+
+def test_what_was_let_out_stays_when_another_replica_changes_meanwhile() -> None:
+    bed = let_out_bed([1.0] * 4)
+    bed.kernel.run(0.5)
+    bed.apply(Placement({"a": {"n0": 1}}, {"a": {"n0": 3}}, {"a": 1}))
+    bed.kernel.run(2.5)
+    # The third standby has been loaded at 2.5 s; that made a plan, and the plan kept what was let out at work.
+    assert sorted(states(bed)) == ["ready", "ready", "standby", "standby"]
+
+
+def test_nobody_is_let_out_where_no_core_is_free_or_the_rule_is_not_in_use() -> None:
+    for bed in (let_out_bed([1.0] * 4, cpus=1.5), let_out_bed([1.0] * 4, ingredients=Ingredients(let_out=False))):
+        bed.kernel.run(1.4)
+        assert (bed.let_out, states(bed)) == (0, ["ready", "standby", "standby"])
+
+
+def test_with_nobody_at_work_a_standby_is_let_out_for_the_first_task() -> None:
+    only = Placement({}, {"a": {"n0": 1}}, {"a": 1})
+    bed = bed_of(small(), [0.0, 1.0], only)
+    bed.apply(only)
+    bed.kernel.run(2.0)
+    assert outcomes(bed) == ["on_time", "on_time"]
+
+
+def test_a_let_out_replica_is_paid_for_as_one_at_work() -> None:
+    bed = let_out_bed([1.0] * 4)
+    bed.kernel.run(3.0)
+    bed.account()
+    assert (bed.cost.replicas, bed.cost.standby) == pytest.approx((1 * 1 + 2 * 2, 0.1 * (2 * 1 + 1 * 2)))
+
+
+# --- without some of the rules --------------------------------------------------------------------------------------------
+
+
+def without(times: list[float], where: World | None = None, **off: bool) -> SimulatedTestbed:
+    where = small() if where is None else where
+    return SimulatedTestbed(
+        Kernel(), where, dict.fromkeys(where.pipelines, times), seed=1, initial=ONE, ingredients=Ingredients(**off),
+        keep_records=True,
+    )  # fmt: skip
+
+
+def test_without_shedding_every_task_is_computed_and_answered_late() -> None:
+    bed = without([0.0] * 5 + [0.11], shedding=False)
+    bed.kernel.run(2.0)
+    assert outcomes(bed) == ["on_time"] * 3 + ["late"] * 3
+    assert [record.latency_s for record in records(bed)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.49])
+
+
+def test_without_shedding_late_tasks_still_share_batches() -> None:
+    pays = stage("a", 0.1, max_batch=8, law=ServiceLaw(base_s=0.09, per_unit_s=0.01, tail_ratio=1.0))
+    bed = without([0.0] * 6, world([pays], [chain("p", "a", deadline_s=0.12)]), shedding=False)
+    bed.kernel.run(2.0)
+    assert [hop.batch for record in records(bed) for hop in record.hops] == [1] + [5] * 5
+
+
+def test_without_earliest_deadline_first_tasks_are_computed_as_they_come() -> None:
+    where = world([stage("a", 0.1)], [chain("slow", "a", deadline_s=5.0), chain("urgent", "a", deadline_s=1.0)])
+    first = {}
+    for name, edf in (("edf", True), ("fifo", False)):
+        bed = SimulatedTestbed(
+            Kernel(), where, {"slow": [0.0, 0.01, 0.02], "urgent": [0.03]}, seed=1, initial=ONE,
+            ingredients=Ingredients(earliest_deadline_first=edf), keep_records=True,
+        )  # fmt: skip
+        bed.kernel.run(2.0)
+        first[name] = next(record.latency_s for record in records(bed) if record.pipeline == "urgent")
+    assert first == {"edf": pytest.approx(0.17), "fifo": pytest.approx(0.37)}
+
+
+def test_without_standbys_none_is_placed_and_what_is_started_goes_to_work() -> None:
+    where = small()
+    bed = SimulatedTestbed(Kernel(), where, {}, seed=1, initial=WITH_STANDBYS, ingredients=Ingredients(standby=False))
+    assert states(bed) == ["ready"]
+    bed.apply(Placement({"a": {"n0": 2}}, {"a": {"n0": 2}}, {"a": 2}))
+    assert states(bed) == ["ready", "starting"]
+    bed.kernel.run(5.0)
+    assert states(bed) == ["ready", "ready"]
+
+
+# --- other faults ---------------------------------------------------------------------------------------------------------
+
+
+def linked(times: list[float], fault: LinkFault, replicas: Placement, deadline_s: float = 5.0) -> SimulatedTestbed:
+    where = world(
+        [stage("a", 0.1, inputs={"x": 1e6})], [chain("p", "a", deadline_s=deadline_s)], nodes=3, links=meshed(3, 0.01, 1e7)
+    )
+    bed = bed_of(where, times, replicas)
+    bed.plan_fault(fault)
+    bed.kernel.run(20.0)
+    return bed
+
+
+def test_a_link_fault_slows_what_passes_while_it_lasts() -> None:
+    fault = LinkFault("n1", "n0", 1.0, 2.0, latency_factor=5.0, bandwidth_factor=0.5)
+    bed = linked([0.0, 1.2, 3.0], fault, Placement({"a": {"n1": 1}}))
+    # 1 MB there, nothing back: 10 ms + 100 ms and 10 ms; then 50 ms + 200 ms and 50 ms.
+    assert [record.latency_s for record in records(bed)] == pytest.approx([0.22, 0.4, 0.22])
+
+
+def test_calls_over_a_cut_link_break_off_and_are_made_elsewhere() -> None:
+    fault = LinkFault("n0", "n1", 0.15, 3.0, cut=True)
+    bed = linked([0.0, 0.0, 1.0, 4.0], fault, Placement({"a": {"n1": 1, "n2": 1}}))
+    assert outcomes(bed) == ["on_time"] * 4
+    used = [record.hops[-1].node for record in records(bed)]
+    assert used[:3] == ["n2", "n2", "n2"]
+    # The replica went on living, and nothing is left there of the call that broke off.
+    assert states(bed) == ["ready", "ready"]
+
+
+def test_nobody_is_reached_over_a_cut_link_until_it_is_back() -> None:
+    bed = linked([0.0, 0.5, 4.0], LinkFault("n0", "n1", 0.15, 3.0, cut=True), Placement({"a": {"n1": 1}}))
+    assert outcomes(bed) == ["failed", "failed", "on_time"]
+
+
+def test_a_link_fault_needs_a_link() -> None:
+    with pytest.raises(ValueError, match="no link between 'n0' and 'n1'"):
+        bed_of(small(nodes=2), []).plan_fault(LinkFault("n0", "n1", 1.0))
+
+
+def test_a_lost_node_may_come_back_and_is_used_again() -> None:
+    both = Placement({"a": {"n0": 1, "n1": 1}})
+    bed = bed_of(small(nodes=2), [], both)
+    bed.apply(both)
+    bed.plan_fault(Loss("n1", 1.0, back=4.0))
+    bed.kernel.run(5.9)
+    assert [(replica.node, replica.state) for replica in bed.replicas()] == [("n0", "ready"), ("n1", "starting")]
+    bed.kernel.run(6.0)
+    assert [(replica.node, replica.state) for replica in bed.replicas()] == [("n0", "ready"), ("n1", "ready")]
+
+
+def test_in_a_silence_what_is_known_ages() -> None:
+    bed = bed_of(small(), [])
+    bed.plan_fault(Silence(1.5, 3.5))
+    ages = []
+    for t in (1.0, 2.0, 3.0, 4.0):
+        bed.kernel.run(t)
+        signal = bed.observe().services["a"].signal
+        ages.append(None if signal is None else signal.age_s)
+    assert ages == pytest.approx([0.0, 1.0, 2.0, 0.0])
+
+
+def test_an_observation_tells_how_service_times_vary_and_batches_fill() -> None:
+    pays = stage("a", 0.1, max_batch=8, law=ServiceLaw(base_s=0.09, per_unit_s=0.01, tail_ratio=1.0))
+    bed = bed_of(world([pays], [chain("p", "a")]), [1.1, 1.11, 1.12, 1.13])
+    bed.kernel.run(1.0)
+    bed.observe()
+    bed.kernel.run(2.0)
+    signal = bed.observe().services["a"].signal
+    assert signal is not None
+    # One alone in 0.1 s, three together in 0.12 s.
+    mean_s = (0.1 + 3 * 0.12) / 4
+    assert signal.service_s == pytest.approx(mean_s)
+    assert signal.service_cv2 == pytest.approx((0.1**2 + 3 * 0.12**2) / 4 / mean_s**2 - 1)
+    assert signal.batch_size == 2.0

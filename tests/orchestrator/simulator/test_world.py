@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from loadgen import arrivals
 from models import manifest as manifests
 from models.manifest import ServiceLaw, ServicePoint, StageProfile
 from orchestrator import plan as plans
-from orchestrator.errors import SetupFailed, UsageError
-from orchestrator.scaling.policies import POLICIES
-from orchestrator.simulator import command
+from orchestrator.errors import SetupFailed
 from orchestrator.simulator.laws import Gamma
+from orchestrator.simulator.run import run
 from orchestrator.simulator.world import LAUNCH_S, of_testbed
 from tests.orchestrator import examples
 from tests.orchestrator.simulator.worlds import chain, stage, world
@@ -49,27 +49,17 @@ def test_without_a_profile_the_error_says_what_to_do(tmp_path: Path) -> None:
         of_testbed(plan.testbed, plan.manifests, plan.wiring)
 
 
-def test_a_testbeds_own_workload_is_simulated_for_every_seed(tmp_path: Path) -> None:
+def test_a_testbeds_own_workload_can_be_simulated(tmp_path: Path) -> None:
     plan = profiled(tmp_path)
-    rows = list(command.simulate(plan, ["manual"], 5.0, 2))
-    assert [(row.policy, row.seed, row.on_time_ratio) for row in rows] == [("manual", 1, 1.0), ("manual", 2, 1.0)]
+    policy = plan.policy()
+    row = run(
+        of_testbed(plan.testbed, plan.manifests, plan.wiring), "manual", policy,
+        {name: arrivals.parse(spec) for name, spec in plan.testbed.workload.items()},
+        initial=plan.place(plan.testbed.targets(), None), duration_s=5.0, slot_s=plan.testbed.control.slot, seed=1,
+    ).row  # fmt: skip
+    assert row.on_time_ratio == 1.0
     # Of tokenise, encode and pool the file wants 1, 2 and 1 ready.
-    assert rows[0].replicas == pytest.approx(4.0)
-    said = command.document(plan, 5.0, rows)
-    assert [row["outcomes"] for row in said["rows"]] == [row.outcomes for row in rows]
-    assert command.table(rows).row_count == 2
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_there_is_can_decide(name: str, tmp_path: Path) -> None:
-    (row,) = command.simulate(profiled(tmp_path), [name], 3.0, 1)
-    assert row.policy == name
-    assert row.replicas > 0
-
-
-def test_an_unknown_policy_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no policy 'magic'; there are .*manual"):
-        command.build("magic", profiled(tmp_path))
+    assert row.replicas == pytest.approx(4.0)
 
 
 def test_a_world_with_dangling_names_is_refused() -> None:

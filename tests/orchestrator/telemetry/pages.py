@@ -81,6 +81,15 @@ def stage_page(requests: int, queue: int, compute_s: float) -> str:
     )
 
 
+def timed_page(times_s: list[float], batches: int) -> str:
+    """All compute times so far, and the batches they were computed in."""
+    labels = 'stage="pool",node="a"'
+    return stage_page(len(times_s), 0, sum(times_s)) + (
+        f"espalier_stage_compute_seconds_squared_total{{{labels}}} {sum(s * s for s in times_s)}\n"
+        f"espalier_stage_batch_size_count{{{labels}}} {batches}\n"
+    )
+
+
 def gateway_page(on_time: int, late: int) -> str:
     return (
         f'espalier_requests_total{{pipeline="embed",outcome="on_time"}} {on_time}\n'

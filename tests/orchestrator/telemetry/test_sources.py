@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator.core import Observation, PipelineObservation, Signal
 from orchestrator.telemetry import exposition, sources
 from orchestrator.telemetry.sources import Endpoint, Source
-from tests.orchestrator.telemetry.pages import gateway_page, replica, stage_page
+from tests.orchestrator.telemetry.pages import gateway_page, replica, stage_page, timed_page
 
 ONE, TWO = Endpoint("pool-1", "http://a:1"), Endpoint("pool-2", "http://a:2")
 GATEWAY = Endpoint("gateway-1", "http://g:1")
@@ -51,6 +56,39 @@ def test_rates_are_the_growth_of_counters_and_a_silent_replica_ages() -> None:
     fourth = signal(film.slot(106.0, {ONE: stage_page(140, 4, 1.8), TWO: stage_page(5, 0, 0.1)}))
     assert fourth.age_s == 0.0
     assert fourth.arrival_rate == pytest.approx(0 / 2 + 5 / 4), "its counters were reset, and it was silent for 4 s"
+
+
+def test_the_spread_of_service_times_and_the_size_of_batches_are_those_of_the_interval() -> None:
+    film = Film()
+    before = [9.0, 1.0]
+    film.slot(100.0, {ONE: timed_page(before, 2), TWO: stage_page(5, 0, 0.5)})
+    seen = signal(film.slot(101.0, {ONE: timed_page([*before, 0.1, 0.1, 0.3, 0.3], 4), TWO: stage_page(6, 0, 9.0)}))
+    assert seen.service_cv2 == pytest.approx(0.01 / 0.2**2), "of those that tell it: mean 0.2 s, variance 0.01"
+    assert seen.batch_size == pytest.approx(2.0)
+    idle = signal(film.slot(102.0, {ONE: timed_page([*before, 0.1, 0.1, 0.3, 0.3], 4), TWO: stage_page(6, 0, 9.0)}))
+    assert (idle.service_cv2, idle.batch_size) == (None, None)
+
+
+def test_what_no_page_tells_is_not_known() -> None:
+    film = Film()
+    film.slot(100.0, {ONE: stage_page(5, 0, 0.5)})
+    seen = signal(film.slot(101.0, {ONE: stage_page(15, 0, 1.5)}))
+    assert seen.service_s == pytest.approx(0.1)
+    assert (seen.service_cv2, seen.batch_size) == (None, None)
+
+
+@given(times_s=st.lists(st.floats(1e-4, 10.0), min_size=1, max_size=30))
+def test_the_spread_is_that_of_the_times(times_s: list[float]) -> None:
+    film = Film()
+    film.slot(100.0, {ONE: timed_page([], 0)})
+    seen = signal(film.slot(101.0, {ONE: timed_page(times_s, len(times_s))}))
+    assert seen.service_cv2 == pytest.approx(np.var(times_s) / np.mean(times_s) ** 2, abs=1e-9)
+
+
+def test_standbys_that_were_let_out_are_seen_by_node() -> None:
+    out = [replace(replica(f"pool-{i}", "http://a:1"), node=node, let_out=True) for i, node in enumerate("abb", start=3)]
+    seen = sources.observe(1.0, 1.0, [*REPLICAS, *out], [], {Endpoint(r.id, r.url): Source(1.0) for r in [*REPLICAS, *out]})
+    assert seen.services["pool"].let_out == {"a": 1, "b": 2}
 
 
 def test_a_replica_that_was_never_heard_makes_the_signal_old_but_not_zero() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.dataplane.admission import critical_path_s, excess_s, replica_s
+from services.dataplane.admission import at_most_s, critical_path_s, excess_s, replica_s
 from services.dataplane.pipeline import Pipeline, segments
 from services.dataplane.routing import STALE_S, RouteBook
 from tests.services.dataplane.test_pipeline import CLASSIFY, EMBED, dags
@@ -29,7 +29,7 @@ def test_a_hop_takes_what_its_best_replica_takes() -> None:
 def test_what_was_sent_since_the_report_counts() -> None:
     book = book_of(("a", 10.0, 0.2))
     for _ in range(5):
-        book.sent("a")
+        book.sent("a", 10.0)
     assert replica_s(book, ["a"], 10.0) == pytest.approx(0.261)
 
 
@@ -65,6 +65,24 @@ def test_where_all_are_ejected_somebody_has_to_find_out() -> None:
     book = book_of(("a", 10.0, 5.0))
     book.failed("a", 10.0)
     assert replica_s(book, ["a"], 10.0) == 0
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 12), st.floats(0, 3), st.integers(0, 3), st.booleans()), min_size=1, max_size=4),
+    st.floats(10, 14),
+)
+def test_what_a_hop_takes_at_most_is_never_less_than_what_it_takes(
+    reports: list[tuple[float, float, int, bool]], now: float
+) -> None:
+    book = RouteBook()
+    replicas = [f"r{i}" for i in range(len(reports))]
+    for replica, (at, wait_s, sent, dead) in zip(replicas, reports, strict=True):
+        book.answered(replica, at, wait_s=wait_s, service_s=0.01, transfer_s=0.001)
+        for _ in range(sent):
+            book.sent(replica, at)
+        if dead:
+            book.failed(replica, at)
+    assert at_most_s(book, replicas, now) >= replica_s(book, replicas, now)
 
 
 @pytest.mark.parametrize(("predicted_s", "budget_s", "late_s"), [(0.3, 0.2, 0.1), (0.2, 0.2, 0.0), (0.0, 0.2, -0.2)])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from models.manifest import ServiceLaw
-from services.dataplane.batching import DeadlineQueue, Waiting, batch_units, next_batch
+from services.dataplane.batching import DeadlineQueue, Waiting, batch_units, expected_wait_s, next_batch
 from services.dataplane.service_time import WINDOW, ServiceEstimate
 
 LAW = ServiceLaw(base_s=0.004, per_unit_s=1e-4, tail_ratio=1.25)
@@ -122,6 +122,14 @@ class QueueMachine(RuleBasedStateMachine):
     def look(self, count: int) -> None:
         in_order = sorted(self.inside, key=lambda entry: entry.due)  # sorted() is stable, as the queue must be
         assert self.queue.most_urgent(count) == in_order[:count]
+
+    @rule()
+    def take(self) -> None:
+        first = min(self.inside, key=lambda entry: entry.due, default=None)
+        assert self.queue.take() is first
+        if first is not None:
+            self.inside.remove(first)
+            self.outside.append(first)
 
     @invariant()
     def counts_agree(self) -> None:
@@ -329,3 +337,34 @@ def test_batch_after_batch_empties_the_queue(
             break
     assert sorted(seen) == sorted(entry.task for entry in entries)
     assert (len(queue), queue.backlog_s) == (0, 0.0)
+
+
+# --- without some of the rules --------------------------------------------------------------------------------------------
+
+
+def test_a_queue_in_order_of_arrival_does_not_look_at_deadlines() -> None:
+    queue: DeadlineQueue[str] = DeadlineQueue(8, urgent_first=False)
+    for entry in (waiting("first", 9.0), waiting("second", 1.0), waiting("third", 5.0)):
+        queue.push(entry)
+    assert names(queue.most_urgent(3)) == ["first", "second", "third"]
+
+
+def test_without_shedding_what_is_past_saving_is_computed_and_bounds_no_batch() -> None:
+    queue = queue_of(waiting("late", 0.5), waiting("later", 0.6), waiting("in time", 99.0))
+    batch, doomed = next_batch(queue, 1.0, estimate(), 8, shed=False)
+    assert (names(batch)[0], doomed) == ("late", [])
+    alone, doomed = next_batch(queue_of(waiting("late", 0.5)), 1.0, estimate(), 8)
+    assert (alone, names(doomed)) == ([], ["late"])
+
+
+# --- the wait -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_free_slot_means_no_wait() -> None:
+    assert expected_wait_s(queue_of(), [5.0], slots=2, now=1.0) == 0.0
+
+
+def test_the_wait_is_what_is_queued_and_what_is_left_of_the_batches_over_the_slots() -> None:
+    queue = queue_of(waiting("a", 9, mean_s=0.3), waiting("b", 9, mean_s=0.1))
+    # One batch has 0.2 s left; the other should have ended already.
+    assert expected_wait_s(queue, [1.2, 0.9], slots=2, now=1.0) == pytest.approx((0.4 + 0.2) / 2)

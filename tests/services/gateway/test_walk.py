@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import time
 from pathlib import Path
 
 import pytest
 
 from services.dataplane import wire
+from services.dataplane.deadline import Deadline
+from services.dataplane.errors import NoReplica, Overloaded
 from services.dataplane.pipeline import Pipeline, Step
+from services.dataplane.routes import Link, Routes
+from services.dataplane.routing import RetryBudget, RouteBook
+from services.forward import Forwarder
+from services.gateway.table import Table
+from services.gateway.walk import Walker
 from services.hotpath import Request
 from services.transport import Transport
 from tests.services import harness
-from tests.services.harness import Doubler, Gate, chain, document, infer, outcomes, reason, replica, result
+from tests.services.harness import Doubler, Gate, chain, document, infer, outcomes, reason, replica, result, with_standbys
 from tests.services.test_deadlines import closed_port, queued
 
 
@@ -139,3 +148,101 @@ async def test_trace_headers_reach_every_hop(tmp_path: Path) -> None:
     assert len(seen) == 2
     for headers in seen:
         assert {name: headers[name] for name in (*trace, "x-request-id")} == {**trace, "x-request-id": "abc"}
+
+
+class Scene:
+    """A walker that knows what a test tells it of the replicas, and what it does with a task that has a second left."""
+
+    def __init__(self, kept: Routes) -> None:
+        self.book, self.told, self.now = RouteBook(), list[str](), time.monotonic()
+        self.table = Table(kept)
+        forwarder = Forwarder(Transport(), self.book, RetryBudget())
+        self.walker = Walker(forwarder, "local", random.Random(1), wire.Limits(), lambda _, replica: self.told.append(replica))
+
+    def waits(self, **waits_s: float) -> Scene:
+        """These replicas report such a wait now, and take 0.1 s for a task."""
+        for name, wait_s in waits_s.items():
+            self.book.answered(name.replace("_", "-"), self.now, wait_s=wait_s, service_s=0.1, transfer_s=0.0)
+        return self
+
+    def first(self, step: int = 0) -> str:
+        """The replica preferred for a step."""
+        plan = self.table.plans["task"]
+        hops = self.walker._hops(self.table, plan, 0, Deadline(self.now, 1.0), self.now, 0.0)
+        return hops[step].candidates[0].replica
+
+    def admit(self, budget_s: float = 1.0) -> None:
+        self.walker.admit(self.table, self.table.plans["task"], Deadline(self.now, budget_s))
+
+
+def two(*standbys: str, allowance: int = 1) -> Routes:
+    urls = {"double": [f"http://d:{i}" for i in range(4)], "last": ["http://l:1"]}
+    return with_standbys(document([chain("double", "last")], urls), *standbys, allowance=allowance)
+
+
+STANDBYS = ("double-2", "double-3")
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "other_s", "let_out"),
+    [(0.19, 0.19, False), (0.21, 0.21, True), (0.21, 0.0, False), (5.0, 5.0, True)],
+    ids=["half of its share of 0.8 s of slack is left", "more is taken", "somebody else is free", "too late anyway"],
+)
+def test_a_standby_is_let_out_when_every_queue_takes_too_much_of_the_slack(
+    wait_s: float, other_s: float, let_out: bool
+) -> None:
+    scene = Scene(two(*STANDBYS)).waits(double_0=wait_s, double_1=other_s, last_0=0.0)
+    assert (scene.first() in STANDBYS, len(scene.told)) == (let_out, let_out)
+
+
+def test_a_standby_serves_later_tasks_too_and_no_second_one_is_let_out_beyond_the_allowance() -> None:
+    scene = Scene(two(*STANDBYS)).waits(double_0=0.5, double_1=0.5, last_0=0.0)
+    let_out = scene.first()
+    scene.waits(**{let_out.replace("-", "_"): 0.1})
+    assert {scene.first() for _ in range(40)} >= {let_out}
+    scene.waits(**{let_out.replace("-", "_"): 0.5})
+    scene.first()
+    assert scene.told == [let_out]
+
+
+def test_the_nearest_standby_is_let_out_unless_it_is_known_to_be_dead() -> None:
+    kept = two(*STANDBYS)
+    far = kept.services["double"].replicas[2].model_copy(update={"node": "far"})
+    replicas = (*kept.services["double"].replicas[:2], far, kept.services["double"].replicas[3])
+    services = {**kept.services, "double": kept.services["double"].model_copy(update={"replicas": replicas})}
+    links = {"local": {"far": Link(latency_s=0.05, bandwidth_bytes_per_s=1e9)}}
+    kept = kept.model_copy(update={"services": services, "links": links})
+    assert Scene(kept).waits(double_0=0.5, double_1=0.5).first() == "double-3"
+    scene = Scene(kept).waits(double_0=0.5, double_1=0.5)
+    scene.book.failed("double-3", scene.now)
+    assert scene.first() == "double-2"
+
+
+def test_without_an_allowance_nothing_is_let_out() -> None:
+    scene = Scene(two(*STANDBYS, allowance=0)).waits(double_0=5.0, double_1=5.0, last_0=0.0)
+    assert scene.first() in ("double-0", "double-1")
+    with pytest.raises(Overloaded):
+        scene.admit()
+
+
+def test_a_task_is_not_refused_for_a_wait_that_a_standby_spares_it() -> None:
+    scene = Scene(two(*STANDBYS)).waits(double_0=5.0, double_1=5.0, last_0=0.0)
+    scene.admit()
+    scene.waits(last_0=5.0)
+    with pytest.raises(Overloaded):
+        scene.admit()
+
+
+def test_where_nobody_is_at_work_or_alive_a_standby_stands_in() -> None:
+    nobody = Scene(two("double-0", "double-1", *STANDBYS))
+    nobody.admit()
+    assert nobody.first() == nobody.told[0]
+    dead = Scene(two(*STANDBYS))
+    for replica_id in ("double-0", "double-1"):
+        dead.book.failed(replica_id, dead.now)
+    assert dead.first() in STANDBYS
+    lost = Scene(two("double-0", "double-1", *STANDBYS))
+    for i in range(4):
+        lost.book.failed(f"double-{i}", lost.now)
+    with pytest.raises(NoReplica):
+        lost.first()

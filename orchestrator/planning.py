@@ -7,16 +7,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from orchestrator import losses
 from orchestrator import plan as plans
 from orchestrator.core import Placement
 from orchestrator.errors import UsageError
 from orchestrator.placement import explain
-from orchestrator.placement.explain import Plan, document, lines
+from orchestrator.placement.explain import Beside, Plan, document, lines
+from orchestrator.placement.picture import picture
 from orchestrator.placement.program import Limits
-from orchestrator.placement.survey import defaults, survey
+from orchestrator.survey import defaults, survey
 from orchestrator.testbed import Loaded, did_you_mean
 
-__all__ = ["Asked", "document", "lines", "plan", "read"]
+__all__ = ["Asked", "document", "lines", "picture", "plan", "read"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Asked:
     time_limit_s: float = 60.0
     keep: Path | None = None
     """A saved plan that runs now."""
+    check_losses: bool = False
+    """Simulate the loss of every node, and ask for more where it leaves too little."""
 
 
 def plan(loaded: Loaded, models_dir: Path, asked: Asked) -> Plan:
@@ -49,15 +53,19 @@ def plan(loaded: Loaded, models_dir: Path, asked: Asked) -> Plan:
     if asked.kappa is not None:
         parameters = replace(parameters, kappa=asked.kappa)
     rates = dict(_demand(text, testbed.pipelines) for text in asked.demands) or None
-    found = survey(testbed, made.manifests, made.wiring.pipelines, rates, parameters)
+    found = survey(made, rates, parameters)
+    beside = Beside(
+        light=tuple(service for service in made.services().values() if service.tier == "light"),
+        targets=testbed.targets(),
+        flows=tuple(sorted(testbed.flows())),
+        current=None if asked.keep is None else read(asked.keep),
+    )
     return explain.make(
         found.problem,
         Limits(time_s=asked.time_limit_s),
-        light=[service for service in made.services().values() if service.tier == "light"],
-        targets=testbed.targets(),
-        flows_between=sorted(testbed.flows()),
-        current=None if asked.keep is None else read(asked.keep),
+        beside,
         assumptions=found.assumptions,
+        trial=losses.of_testbed(made, found.problem, found.manifests, beside) if asked.check_losses else None,
     )
 
 

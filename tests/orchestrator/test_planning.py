@@ -68,6 +68,25 @@ def test_a_saved_plan_can_be_kept(terminal: Terminal) -> None:
     assert terminal.document("--keep", str(saved))["ready"] == first["ready"]
 
 
+def test_a_picture_lies_beside_a_saved_plan_or_where_it_is_wanted(terminal: Terminal) -> None:
+    saved, drawn = terminal.home / "plan.json", terminal.home / "drawn" / "here.svg"
+    assert terminal.plan("--save", str(saved)).exit_code == 0
+    assert terminal.plan("--picture", str(drawn)).exit_code == 0
+    assert saved.with_suffix(".svg").read_text() == drawn.read_text()
+    assert drawn.read_text().startswith("<?xml")
+
+
+def test_losses_can_be_simulated(terminal: Terminal) -> None:
+    found = terminal.document("--check-losses")
+    trials = found["trials"]
+    assert trials["chosen"] in [tried["name"] for tried in trials["tried"]]
+    assert all(tried["on_time_without"].keys() == {"edge-1", "edge-2"} for tried in trials["tried"])
+    assert trials["level"] >= 0.5
+    said = terminal.plan("--check-losses", "--explain").stdout
+    assert "simulated, program: cost" in said
+    assert "on time after any loss asked for: kept)" in said
+
+
 def test_more_demand_needs_more_replicas(terminal: Terminal) -> None:
     # 100 tasks/s at 50 and 80 % need 3 replicas; half of it at 95 % needs 2 on whichever node is left.
     assert terminal.document("--demand", "embed=100")["ready"]["encode"] == {"edge-1": 2, "edge-2": 2}

@@ -1,0 +1,197 @@
+"""A testbed and its models, read as a placement problem: what `espalier plan` solves, and where a running testbed begins.
+
+Core services are placed by the program. Light ones are a reserve, and delay on the edges they lie on (`placement.survey`).
+Where a stage has a profile its service law is used, else an assumption, which is named in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loadgen import arrivals
+from models.manifest import Manifest, ServiceLaw, ServicePoint, StageProfile
+from orchestrator import plan as plans
+from orchestrator.core import Placement, Service
+from orchestrator.errors import EspalierError, UsageError
+from orchestrator.placement import flows, heuristics
+from orchestrator.placement.problem import MIB, Hosted, Parameters, Problem
+from orchestrator.placement.survey import demand_of, mean_rate
+from orchestrator.testbed import Testbed
+
+ASSUMED_SERVICE_S = {"core": 0.020, "light": 0.002}
+"""Mean service time of a stage without a profile [s],"""
+ASSUMED_LOAD_S, ASSUMED_TAIL = 0.5, 1.5
+"""the time it loads [s], and the ratio of its 95 % quantile to its mean."""
+LASTING_S = 60.0
+"""How long a placement should last [s]: a start is paid for over that time."""
+START_LIMIT_S = 5.0
+"""How long the program may take where a running testbed waits for it [s]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The problem, and what it took for granted."""
+
+    problem: Problem
+    manifests: Mapping[str, Manifest]
+    """With a profile of every stage that is served, measured or assumed."""
+    assumptions: tuple[str, ...]
+
+
+def survey(made: plans.Plan, rates: Mapping[str, float] | None = None, parameters: Parameters | None = None) -> Survey:
+    """The problem of a testbed.
+
+    Args:
+        made: the testbed with its models.
+        rates: demand by pipeline [tasks/s]; default: the means of the testbed's workload.
+        parameters: default: `defaults` of the testbed.
+
+    Raises:
+        UsageError: a rate is given for a pipeline that there is not, or is negative, or there is no core service.
+    """
+    testbed, assumptions = made.testbed, list[str]()
+    manifests = _profiled(made, assumptions)
+    stages = {name: manifests[s.model].stage(s.stage) for name, s in testbed.services.items()}
+    times = {name: _service_s(name, testbed, manifests) for name in testbed.services}
+    services = made.services()
+    core = [service for service in services.values() if service.tier == "core"]
+    if not core:
+        raise UsageError("the testbed has no core service, so there is nothing for the program to place")
+    hosted = tuple(Hosted(s, times[s.name], 1 / times[s.name], testbed.services[s.name].replicas) for s in core)
+    demands = [
+        demand_of(made.wiring.pipelines[name], rate, testbed.gateway_node, stages, times)
+        for name, rate in _rates(testbed, rates, assumptions).items()
+        if rate > 0
+    ]
+    both = {pair: link for link in testbed.links for pair in (link.between, link.between[::-1])}
+    problem = Problem(
+        nodes=testbed.core_nodes(),
+        services=hosted,
+        demands=tuple(demand for demand in demands if demand.visits),
+        latencies_s={pair: link.latency for pair, link in both.items()},
+        bandwidths={pair: link.bandwidth for pair, link in both.items()},
+        reserve=_reserve(testbed, services),
+        parameters=parameters or defaults(testbed),
+    )
+    return Survey(problem, manifests, tuple(assumptions))
+
+
+def defaults(testbed: Testbed) -> Parameters:
+    """Parameters at the testbed's prices; on a single node nothing can survive its loss, so nothing is asked for."""
+    alone, prices = len(testbed.nodes) == 1, testbed.control.costs
+    return Parameters(
+        kappa=1 if alone else 2, gamma=0.0 if alone else 0.5, cpu_price=prices.cpu_second, move_price=prices.start / LASTING_S
+    )
+
+
+def _rates(testbed: Testbed, given: Mapping[str, float] | None, assumptions: list[str]) -> dict[str, float]:
+    if given is not None:
+        for name, rate in given.items():
+            if name not in testbed.pipelines:
+                raise UsageError(f"there is no pipeline {name!r}; there are {', '.join(testbed.pipelines)}")
+            if rate < 0:
+                raise UsageError(f"the demand of {name} is {rate:g} tasks/s; it must not be negative")
+        return dict(given)
+    if not testbed.workload:
+        assumptions.append("the testbed has no workload, so replicas are those it asks for, and no load flows")
+    return {name: mean_rate(arrivals.parse(spec)) for name, spec in testbed.workload.items()}
+
+
+def _profiled(made: plans.Plan, assumptions: list[str]) -> dict[str, Manifest]:
+    """The manifests with a profile of every stage that is served; what is assumed takes as long for each task of a batch."""
+    found = dict(made.manifests)
+    for name, section in made.testbed.services.items():
+        stage = found[section.model].stage(section.stage)
+        if section.precision in stage.profile:
+            continue
+        mean_s = ASSUMED_SERVICE_S[stage.tier]
+        assumptions.append(f"{name} has no profile: {mean_s * 1e3:g} ms a task taken (espalier profile measures it)")
+        units = _units_alone(found[section.model], section.stage)
+        point = ServicePoint(
+            batch=1, length=1, samples=1, mean_s=mean_s, std_s=0.0, p50_s=mean_s, p95_s=mean_s * ASSUMED_TAIL,
+            p99_s=mean_s * ASSUMED_TAIL,
+        )  # fmt: skip
+        profile = StageProfile(
+            points=(point,), law=ServiceLaw(base_s=0.0, per_unit_s=mean_s / units, tail_ratio=ASSUMED_TAIL),
+            resident_bytes=section.memory, load_s=ASSUMED_LOAD_S, threads=1, cpu="assumed",
+        )  # fmt: skip
+        stages = tuple(
+            s.model_copy(update={"profile": {**s.profile, section.precision: profile}}) if s.name == stage.name else s
+            for s in found[section.model].stages
+        )
+        found[section.model] = found[section.model].model_copy(update={"stages": stages})
+    return found
+
+
+def _service_s(name: str, testbed: Testbed, manifests: Mapping[str, Manifest]) -> float:
+    """Mean time of one task alone (batch 1, typical lengths) [s]: what batching gains is left as a margin."""
+    section = testbed.services[name]
+    manifest = manifests[section.model]
+    law = manifest.stage(section.stage).profile[section.precision].law
+    return law.mean_s(_units_alone(manifest, section.stage))
+
+
+def _units_alone(manifest: Manifest, name: str) -> int:
+    """Size of one task, at typical lengths."""
+    stage = manifest.stage(name)
+    shape = stage.inputs[0].shape
+    return stage.units([axis if isinstance(axis, int) else manifest.typical_length.get(axis, 1) for axis in shape])
+
+
+def _reserve(testbed: Testbed, services: Mapping[str, Service]) -> tuple[float, float, float]:
+    light = [testbed.services[name] for name, service in services.items() if service.tier == "light"]
+    loaded = [(s.replicas + s.standby, s) for s in light]
+    return (
+        sum(s.replicas * s.cpus for s in light),
+        sum(count * s.memory for count, s in loaded) / MIB,
+        float(sum(count * s.gpus for count, s in loaded)),
+    )
+
+
+# --- where a running testbed begins ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CorePlacement:
+    """Ready replicas of the core services, and who says so."""
+
+    placement: Placement
+    by: str
+    """`program`, or the heuristic's name."""
+    reason: str
+
+
+def core_placement(
+    found: Survey, *, current: Placement | None = None, limit_s: float = START_LIMIT_S, gap: float = 0.01
+) -> CorePlacement:
+    """Where the core services of a testbed should run, in time for one that waits: the program's word, else the heuristic's.
+
+    A heuristic's placement that keeps every rule and costs at most `gap` more than its replicas must cost in any case is taken
+    without asking the program, whose solver takes longer to import than most small testbeds to solve.
+
+    Args:
+        found: of `survey`, with the demand.
+        current: what runs; moves are charged for.
+        limit_s: of the solver [s].
+        gap: largest (cost - bound) / cost.
+
+    Raises:
+        Infeasible: not even the heuristic finds room.
+    """
+    problem = found.problem
+    greedy = heuristics.near(problem, current)
+    cost = flows.cost_of(problem, problem.arrays.counts(greedy), current)
+    least = flows.least_rent(problem)
+    x = problem.arrays.counts(greedy)
+    if cost - least <= gap * cost and flows.keeps(problem, x, flows.survivors(problem, x)):
+        return CorePlacement(greedy, "greedy", f"greedy is within {gap:.0%} of the least that its replicas may cost")
+    from orchestrator.placement.program import Limits, Program  # noqa: PLC0415  the solver takes a second and more to import
+
+    try:
+        solution = Program(problem, Limits(time_s=limit_s, gap=gap)).solve(current)
+    except EspalierError as error:
+        return CorePlacement(greedy, "greedy", f"the program found nothing, so the greedy heuristic placed: {error}")
+    by = solution.status if solution.status in ("greedy", "spread") else "program"
+    said = "no bound is known" if solution.gap is None else f"at most {solution.gap:.2%} above the best possible"
+    return CorePlacement(solution.placement, by, f"{solution.status} after {solution.solve_s:.2f} s, {said}")
