@@ -13,7 +13,9 @@ Each slot, for every service:
    so many that it happens seldom; where they wait for a slot, ready ones keep the promise alone, and standbys shorten a rise.
 4. **Trim.** Drift plus penalty (`lyapunov`): replicas more as long as they are worth their price in backlog drained and in
    lateness avoided, weighed by the virtual queue of every pipeline's broken promises.
-5. **Hold.** What is no longer wanted is given up only after it was too much for a while; a standby after as long as it costs as
+5. **Steady.** A standby that is let out while the load has not changed for a while is one too few at work: those that are
+   wanted are raised until it no longer happens, so that a load that stays finds replicas that stay.
+6. **Hold.** What is no longer wanted is given up only after it was too much for a while; a standby after as long as it costs as
    much to keep as to start again (ski rental: no more than twice the cost of knowing the future).
 
 Then nodes: what runs stays, what is new goes where `autoscaler.place` puts it. Where not all fits, drift plus penalty decides
@@ -67,6 +69,8 @@ class Memory:
     """What it is staffed by: follows what is measured in steps, so that noise moves nothing."""
     level: int = 0
     """Replicas at work that the load asks for."""
+    extra: int = 0
+    """Replicas more, that standbys were let out for while the load did not change."""
     total: int = 0
     """Replicas, standbys included, that the peak asks for."""
     wishes: Wishes = ()
@@ -96,7 +100,7 @@ class Lyapunov:
     """Parameters of the policy."""
 
     site: Site
-    v: float = 1.0
+    v: float = 50.0
     """V: how much a core for a second, or a start, counts against late tasks and backlog."""
     safety: float = 1.0
     """Every stage's epsilon is multiplied by this: below 1 to be safer; so large that no tail is asked for, and drift plus
@@ -105,7 +109,7 @@ class Lyapunov:
     """Whether to keep replicas on standby."""
     let_out: bool = True
     """Whether standbys are let out by events, between decisions."""
-    let_out_share: float = 0.4
+    let_out_share: float = 0.05
     """With it: share of tasks whose wait may be long enough to let out a standby."""
     virtual_queue: bool = True
     """Whether broken promises are remembered."""
@@ -116,13 +120,15 @@ class Lyapunov:
     peak_share: float = 0.05
     peak_s: float = 120.0
     """Rates that tasks met so long ago weigh 1/e in the peak [s]."""
-    hold_s: float = 3.0
+    hold_s: float = 1.0
     """Replicas too many are at work for so long before they go to standby [s]."""
+    steady_s: float = 20.0
+    """A rate that has been the same for so long counts as one that stays [s]."""
     max_utilisation: float = 0.95
     """No fewer replicas at work than keep them idle for the rest of the time."""
     beta: float = 1.5
     """Of square-root staffing, where there is no bound."""
-    prefactor: Prefactor = "two_choices"
+    prefactor: Prefactor = "erlang_c"
     cap_s: float = 10.0
     """A virtual queue holds at most as many tasks as come in so long [s]."""
     state_type: ClassVar[type[State]] = State
@@ -156,7 +162,7 @@ class Lyapunov:
                 asked[name] = Target(max(service.floor, now.replicas or self.site.targets[name].replicas), now.standby)
             else:
                 demands[name] = self._demand(service, memory, budget, current, queues)
-                services[name], asked[name] = self._ask(service, memory, budget, demands[name], observation.t)
+                services[name], asked[name] = self._ask(service, memory, budget, demands[name], observation)
         targets = autoscaler.clip(self.site, asked, current)
         short = [name for name in asked if asked[name] != targets[name]]
         if any(asked[name].replicas > targets[name].replicas for name in demands):
@@ -297,8 +303,10 @@ class Lyapunov:
             start=self.v * prices.start,
         )
 
-    def _ask(self, service: Service, memory: Memory, budget: Budget | None, demand: Demand, t: float) -> tuple[Memory, Target]:
-        name, load = service.name, memory.load
+    def _ask(
+        self, service: Service, memory: Memory, budget: Budget | None, demand: Demand, observation: Observation
+    ) -> tuple[Memory, Target]:
+        name, load, t = service.name, memory.load, observation.t
         rate, error = load.rate or 0.0, load.standard_error
         peak = memory.rates.quantile(self.peak_share, memory.peak)
         verdict = memory.verdict
@@ -330,6 +338,10 @@ class Lyapunov:
                 return least(rate, sd, epsilon, share.wait_s)
 
         level = max(wanted(rate), min(memory.level, wanted(rate + 2.0 * error)))
+        extra = memory.extra if load.span_s >= self.steady_s else 0
+        if load.span_s >= self.steady_s and name in observation.services and any(observation.services[name].let_out.values()):
+            extra += max(1, round(math.sqrt(level) / 2.0))
+        level += extra
         total = level
         if self.standby:
             high = estimators.rate_of(peak) if peak is not None else rate
@@ -341,7 +353,7 @@ class Lyapunov:
         totals, total = _held(memory.totals, t, max(total, ready), keep_s)
         most = demand.most
         ready = min(most, ready if self.standby else total)
-        memory = replace(memory, peak=peak, level=level, wishes=wishes, totals=totals, verdict=verdict)
+        memory = replace(memory, peak=peak, level=level - extra, extra=extra, wishes=wishes, totals=totals, verdict=verdict)
         return memory, Target(ready, max(0, min(total, most) - ready) if self.standby else 0)
 
     def _share_out(self, demands: Mapping[str, Demand], asked: Mapping[str, Target], current: Placement) -> dict[str, Target]:

@@ -378,9 +378,9 @@ class SimulatedTestbed:
         return bool(self._standbys[service]) and self._allowance.get(service, 0) > 0 and service not in self._cramped
 
     def _is_due(self, task: Task, segment: int, hop: int, order: tuple[int, ...]) -> bool:
-        """Whether a standby is let out for this hop, as `services.gateway.walk` says it.
+        """Whether the replica chosen for this hop is dead or would keep the task waiting too long, or there is none.
 
-        That is where nobody at work is alive, or the replica chosen would keep the task waiting too long.
+        As `services.gateway.walk` says it.
         """
         now, book = self.kernel.now, self._gateway.book
         rest = task.plan.legs[segment].services[hop:]
@@ -570,7 +570,9 @@ class SimulatedTestbed:
             routed = self._routed[service]
             order = book.order(routed.ids, routed.links_s(node), now, self._rng) if routed.ids else ()
             if self._allowance and self._may_let_out(service) and self._is_due(task, segment, hop, order):
-                routed, order = self._spend_standby(service, order, node)
+                order = book.best_first(order, routed.ids, routed.links_s(node), now)
+                if self._is_due(task, segment, hop, order):
+                    routed, order = self._spend_standby(service, order, node)
             if not order:
                 self._end(task, 503, "no_replica")
                 return

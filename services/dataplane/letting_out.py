@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from services.dataplane.routing import RouteBook
 
-SHARE = 0.5
+SHARE = 0.25
 """Of the slack of a stage that a wait may take before a standby is let out."""
 
 

@@ -110,6 +110,19 @@ class RouteBook:
         rest.sort(key=lambda i: self.view(replicas[i]).ejected_until)
         return (*self._better_first(drawn, replicas, links_s, now), *rest)[:MAX_CANDIDATES]
 
+    def best_first(
+        self, order: tuple[int, ...], replicas: Sequence[str], links_s: Sequence[float], now: float
+    ) -> tuple[int, ...]:
+        """The same candidates behind the best of all living replicas: for a hop whose two draws are both busy.
+
+        Dear, and callers with the same stale news choose alike, so that it is no way to choose for every hop.
+        """
+        living = [i for i, replica in enumerate(replicas) if not self.ejected(replica, now)]
+        if not living:
+            return order
+        best = min(living, key=lambda i: self.completion_s(replicas[i], links_s[i], now))
+        return (best, *(i for i in order if i != best))[:MAX_CANDIDATES]
+
     def _better_first(
         self, drawn: tuple[int, ...], replicas: Sequence[str], links_s: Sequence[float], now: float
     ) -> tuple[int, ...]:

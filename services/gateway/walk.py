@@ -193,11 +193,14 @@ class Walker:
         for position, step in enumerate(segment.steps):
             target = table.targets[step.service]
             order: tuple[int, ...] = ()
+            links_s: list[float] = []
             if target.replicas:
                 links_s = [table.link(node, other).transfer_s(target.input_bytes) for other in target.nodes]
                 order = self._book.order(target.replicas, links_s, now, self._rng)
             if target.standbys and self._is_due(table, plan, index, position, order, until.due - after_s, now):
-                target, order = self._let_out(table, step.service, order, node, now)
+                order = self._book.best_first(order, target.replicas, links_s, now)
+                if self._is_due(table, plan, index, position, order, until.due - after_s, now):
+                    target, order = self._let_out(table, step.service, order, node, now)
             if not order:
                 raise NoReplica(f"service {step.service!r} has no ready replica", stage=step.service)
             node = target.nodes[order[0]]
@@ -215,7 +218,7 @@ class Walker:
     def _is_due(
         self, table: Table, plan: Plan, index: int, position: int, order: tuple[int, ...], due: float, now: float
     ) -> bool:
-        """Whether a standby is let out for this hop: nobody at work is alive, or the best would keep the task waiting too long.
+        """Whether the first of the candidates is dead, or would keep the task waiting too long, or there is none.
 
         `due` is the instant at which the segment must be done.
         """
@@ -227,13 +230,7 @@ class Walker:
         if wait_s <= 0.0:
             return False
         slack_s = due - now - sum(self._work_s(table.targets[step.service]) for step in rest)
-        hops = len(rest) + plan.hops_after[index]
-        # The best of two draws is not the best of all, and another task may well draw that.
-        return letting_out.is_due(wait_s, slack_s, hops) and letting_out.is_due(self._least_wait_s(target, now), slack_s, hops)
-
-    def _least_wait_s(self, target: Target, now: float) -> float:
-        living = (replica for replica in target.replicas if not self._book.ejected(replica, now))
-        return min(self._book.view(replica).expected_wait_s(now) for replica in living)
+        return letting_out.is_due(wait_s, slack_s, len(rest) + plan.hops_after[index])
 
     def _let_out(
         self, table: Table, service: str, order: tuple[int, ...], node: str, now: float
