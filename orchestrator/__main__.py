@@ -24,7 +24,7 @@ from models.manifest import load as load_manifest
 from orchestrator import bench as benches
 from orchestrator import bundle as bundles
 from orchestrator import client as clients
-from orchestrator import display, facts, lifecycle, wiring
+from orchestrator import display, facts, lifecycle
 from orchestrator import replay as replays
 from orchestrator import testbed as testbeds
 from orchestrator.errors import EspalierError, TestbedInvalid
@@ -123,20 +123,23 @@ def validate(testbed: Path, models_dir: Path, output: str) -> None:
     sizes = ", ".join(f"{len(getattr(loaded.testbed, part))} {part}" for part in ("nodes", "services", "pipelines"))
     click.echo(f"{testbed}: ok: {sizes}")
     if missing:
-        click.echo(f"not exported yet, so tensors and tiers were not checked: {', '.join(missing)} (espalier export)")
+        click.echo(f"not exported yet, so tensors, tiers and policy were not checked: {', '.join(missing)} (espalier export)")
 
 
 def _check_models(loaded: testbeds.Loaded, models_dir: Path) -> list[str]:
-    """Check edges and tiers if all models are there; returns those that are."""
-    manifests = {}
+    """Check edges, tiers and policy if all models are there; returns those that are."""
+    from orchestrator import plan as plans  # noqa: PLC0415  with all policies, which other commands do not need
+
+    exported = []
     for name in loaded.testbed.models:
         try:
-            manifests[name] = load_manifest(models_dir / name)
+            load_manifest(models_dir / name)
         except ManifestError:
             continue
-    if manifests.keys() == loaded.testbed.models.keys() and (problems := wiring.wire(loaded.testbed, manifests).problems):
-        raise loaded.complain(problems)
-    return list(manifests)
+        exported.append(name)
+    if len(exported) == len(loaded.testbed.models):
+        plans.make(loaded, models_dir)
+    return exported
 
 
 @main.command()

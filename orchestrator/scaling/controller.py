@@ -320,6 +320,8 @@ class Lyapunov:
                     return found
                 if verdict == CERTIFIED:
                     verdict = found.reason
+                if found.reason == "out of reach" and name in self.site.most:
+                    return demand.most
             law = memory.law or NOT_MEASURED
             return min(demand.most, queueing.square_root_staffing(rate * law.per_request_s / self._slots(name), self.beta))
 
@@ -337,7 +339,8 @@ class Lyapunov:
             def wanted(rate: float) -> int:
                 return least(rate, sd, epsilon, share.wait_s)
 
-        level = max(wanted(rate), min(memory.level, wanted(rate + 2.0 * error)))
+        level, said = wanted(rate), verdict
+        level, verdict = max(level, min(memory.level, wanted(rate + 2.0 * error))), said
         extra = memory.extra if load.span_s >= self.steady_s else 0
         if load.span_s >= self.steady_s and name in observation.services and any(observation.services[name].let_out.values()):
             extra += max(1, round(math.sqrt(level) / 2.0))
@@ -364,12 +367,29 @@ class Lyapunov:
             gain = demand.late(goal - 1) - demand.late(goal) if goal > 0 else 0.0
             # What the tail alone asked for is worth its price, and no more.
             weight = demand.late_weight + cost / max(gain, 1e-3)
-            wanted.append(replace(demand, floor=demand.service.floor, most=max(goal, demand.service.floor), late_weight=weight))
+            floor = demand.service.floor
+            wanted.append(replace(demand, floor=floor, most=max(goal, floor), late_weight=weight, start=0.0))
         others = [service for service in self.site.services if service.name not in demands]
-        taken = [(service, {**current.ready.get(service.name, {})}) for service in others]
-        chosen = lyapunov.choose(wanted, self.site.nodes, taken)
+        chosen = lyapunov.choose(wanted, self.site.nodes, self._reserved(others, asked, current))
         fewer = {name: replace(target, replicas=chosen[name]) if name in chosen else target for name, target in asked.items()}
         return autoscaler.clip(self.site, fewer, current)
+
+    def _reserved(
+        self, services: list[Service], asked: Mapping[str, Target], current: Placement
+    ) -> list[tuple[Service, Mapping[str, int]]]:
+        """Where replicas go that load has no say in: those that run stay, and what is ordered besides goes where it fits."""
+        room = lyapunov.Room(self.site.nodes)
+        found: list[tuple[Service, Mapping[str, int]]] = []
+        for service in services:
+            held: dict[str, int] = {}
+            stay = [node for node, n in current.ready.get(service.name, {}).items() for _ in range(n)]
+            for i in range(asked[service.name].replicas):
+                node = stay[i] if i < len(stay) else room.best(service, held)
+                if node is not None:
+                    room.take(service, node)
+                    held[node] = held.get(node, 0) + 1
+            found.append((service, held))
+        return found
 
     def _slots(self, name: str) -> int:
         prior = self.site.laws.get(name)

@@ -306,17 +306,14 @@ class Rates:
             now: what this said the last time: it is lowered only where half of epsilon allows it.
         """
         whole = math.fsum(tasks for _, tasks in self.shares)
-        above, found, lower = 0.0, None, None
+        above, lower = 0.0, None
         for bin_, tasks in reversed(self.shares):
             above += tasks
-            if found is None and above > epsilon * whole:
-                found = bin_
-            if above > 0.5 * epsilon * whole:
+            if lower is None and above > 0.5 * epsilon * whole:
                 lower = bin_
-                break
-        if found is None or lower is None or now is None:
-            return found
-        return min(now, lower) if now > found else found
+            if above > epsilon * whole:
+                return bin_ if now is None or lower is None or now <= bin_ else min(now, lower)
+        return None
 
 
 def rate_of(bin_: int) -> float:

@@ -4,7 +4,9 @@ Keys of the report: `hop_overhead_s` {p50, p99} [s], the encoder being int8 as i
 likewise; `throughput_ratio` (split over one process); `gateway_rps_per_core` [requests per processor second of the gateway];
 `http_floor_s` [s]; `overload` {on_time_ratio, perfect_on_time_ratio, ...}; `start_s` [s]; `light_resident_bytes` by stage;
 `let_out_RUNTIME_s` and `cold_start_RUNTIME_s`, from order to gateway [s];
-`container_hop_ratio` (hop overhead in containers over that of processes; absent where there are no images); `machine`.
+`container_hop_ratio` (hop overhead in containers over that of processes; absent where there are no images); `policies` by name
+{on_time_ratio, late_ratio, cost, replicas, starts}, live, under one schedule; `parity` {on_time_ratio, replicas, cost, stages},
+each {live, simulated}; `simulator` (task-stage events per second); `tick_s` (of the controller); `machine`.
 What else stands there says how they came about.
 """
 
@@ -23,7 +25,19 @@ from rich.console import Console
 from rich.table import Table
 
 from models.manifest import Precision
-from tests.bench import containers, gateway, hop, letting_out, overload, start, throughput
+from tests.bench import (
+    containers,
+    gateway,
+    hop,
+    letting_out,
+    overload,
+    parity,
+    policies,
+    simulator,
+    start,
+    throughput,
+    tick,
+)  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "out" / "models" / "minilm"
@@ -46,6 +60,10 @@ def main() -> int:
         ("overload", lambda: overload.measure(MODEL)),
         ("letting out, processes", lambda: letting_out.measure(MODEL, "processes")),
         ("containers", lambda: in_containers(MODEL)),
+        ("policies", policies.measure),
+        ("simulated against live", parity.measure),
+        ("simulator", simulator.measure),
+        ("controller", tick.measure),
     )
     for name, bench in benches:
         console.print(f"{name} …")

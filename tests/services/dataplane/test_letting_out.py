@@ -10,10 +10,10 @@ from services.dataplane.routing import RouteBook
 seconds = st.floats(0.0, 10.0)
 
 
-def test_a_wait_beyond_half_a_hops_slack_is_due() -> None:
-    assert is_due(0.051, slack_s=0.2, hops=2)
-    assert not is_due(0.05, slack_s=0.2, hops=2)
-    assert not is_due(0.051, slack_s=0.2, hops=2, share=1.0)
+def test_a_wait_beyond_a_quarter_of_a_hops_slack_is_due() -> None:
+    assert is_due(0.026, slack_s=0.2, hops=2)
+    assert not is_due(0.025, slack_s=0.2, hops=2)
+    assert not is_due(0.026, slack_s=0.2, hops=2, share=1.0)
 
 
 def test_a_task_without_slack_lets_out_for_any_wait_but_none() -> None:
