@@ -331,8 +331,10 @@ async def test_an_image_that_is_given_up_is_replaced_by_the_one_before(container
             await board.until(lambda s: s["ready"] == ["pool-3"] and not s["draining"])
             assert images_of(containers, kept) == {first}, "by its id, for its name is another's now"
             await kept.leave()
-        async with running(containers, tmp_path) as (again, _):
+        async with running(containers, tmp_path) as (again, news):
             assert not again.has_news, "what was given up is not tried again"
+            # The container of the one that was drained last may still be there, to be taken away.
+            await news.until(lambda s: [i for ids in s.values() for i in ids] == ["pool-3"])
             assert not any(r.outdated for r in again.replicas())
         build("third")
         async with running(containers, tmp_path) as (later, _):

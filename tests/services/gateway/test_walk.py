@@ -186,7 +186,7 @@ STANDBYS = ("double-2", "double-3")
 @pytest.mark.parametrize(
     ("wait_s", "other_s", "let_out"),
     [(0.09, 0.09, False), (0.11, 0.11, True), (0.11, 0.0, False), (5.0, 5.0, True)],
-    ids=["less than a quarter of its share of 0.8 s of slack is taken", "more is taken", "somebody else is free", "too late anyway"],
+    ids=["less than a quarter of its share of 0.8 s is taken", "more is taken", "somebody else is free", "too late anyway"],
 )
 def test_a_standby_is_let_out_when_every_queue_takes_too_much_of_the_slack(
     wait_s: float, other_s: float, let_out: bool
