@@ -121,7 +121,8 @@ class Keeper:
 
     def replicas(self) -> tuple[Replica, ...]:
         """What runs now, by id."""
-        return tuple(self._view(member.record) for _, member in sorted(self._members.items()))
+        current = {service: self._driver.specification(launch) for service, launch in self._launches.items()}
+        return tuple(self._view(member.record, current) for _, member in sorted(self._members.items()))
 
     def apply(self, desired: Placement, seen: Sequence[Replica] = ()) -> None:
         """Make it the target and take the first steps towards it; what was let out after `seen` stays at work."""
@@ -158,7 +159,8 @@ class Keeper:
         if not self._allowance().get(record.service):
             return f"the allowance of {record.service} is spent"
         # Those that load may be wanted at work as soon as they have, so they have their cores already.
-        used = sum(r.cpus for r in self.replicas() if r.node == record.node and r.state != "standby")
+        others = (member.record for member in self._members.values())
+        used = sum(other.cpus for other in others if other.node == record.node and other.state != "standby")
         node = self._nodes.get(record.node)
         if node is None or used + record.cpus > node.cpus + EPSILON:
             return f"{record.node} lacks the cores"
@@ -369,10 +371,11 @@ class Keeper:
         if member.handle is not None:
             self._records.save(record)
 
-    def _view(self, record: Record) -> Replica:
+    def _view(self, record: Record, current: Mapping[str, str]) -> Replica:
+        """A replica as others see it; `current` has the specification that one of each service would be started with now."""
         launch = self._launches.get(record.service)
         outdated = launch is not None and (
-            record.generation < launch.generation or record.specification != self._driver.specification(launch)
+            record.generation < launch.generation or record.specification != current[record.service]
         )
         return Replica(
             id=record.id, service=record.service, node=record.node, state=record.state, cpus=record.cpus,
