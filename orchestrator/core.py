@@ -61,6 +61,8 @@ class Placement:
     standby: Counts = field(default_factory=dict)
     allowance: Mapping[str, int] = field(default_factory=dict)
     """service -> standbys that the data plane may let out by itself until the next decision; none without an entry."""
+    patience: Mapping[str, float] = field(default_factory=dict)
+    """service -> share of a hop's slack that a wait may take before it does; `letting_out.SHARE` without an entry."""
 
     def ready_on(self, service: str, node: str) -> int:
         """Ready replicas wanted of a service on a node."""

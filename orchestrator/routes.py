@@ -17,6 +17,7 @@ from types import MappingProxyType
 from models.manifest import Manifest
 from orchestrator.core import Replica
 from orchestrator.testbed import Testbed
+from services.dataplane import letting_out
 from services.dataplane import routes as document
 from services.dataplane.pipeline import Pipeline
 from services.dataplane.routes import Link, Routes, Service
@@ -36,17 +37,26 @@ class Map:
     manifests: Mapping[str, Manifest]
     pipelines: Mapping[str, Pipeline]
 
-    def routes(self, replicas: Sequence[Replica], version: int, allowance: Mapping[str, int] = MappingProxyType({})) -> Routes:
-        """The document with these replicas, and so many standbys of each service to be let out; none without an entry."""
+    def routes(
+        self,
+        replicas: Sequence[Replica],
+        version: int,
+        allowance: Mapping[str, int] = MappingProxyType({}),
+        patience: Mapping[str, float] = MappingProxyType({}),
+    ) -> Routes:
+        """The document with these replicas, and with what a placement says of letting standbys out (`core.Placement`)."""
         return Routes(
             version=version,
             testbed=self.testbed.name,
-            services={name: self._service(name, replicas, allowance.get(name, 0)) for name in self.testbed.services},
+            services={
+                name: self._service(name, replicas, allowance.get(name, 0), patience.get(name, letting_out.SHARE))
+                for name in self.testbed.services
+            },
             pipelines=self.pipelines,
             links=self._links(),
         )
 
-    def _service(self, name: str, replicas: Sequence[Replica], allowance: int) -> Service:
+    def _service(self, name: str, replicas: Sequence[Replica], allowance: int, patience: float) -> Service:
         section = self.testbed.services[name]
         manifest = self.manifests[section.model]
         stage = manifest.stage(section.stage)
@@ -61,6 +71,7 @@ class Map:
                 document.Replica(id=r.id, node=r.node, url=r.url, state=r.state) for r in replicas if r.service == name
             ),
             allowance=allowance,
+            patience=patience,
         )
 
     def _links(self) -> dict[str, dict[str, Link]]:
@@ -97,10 +108,15 @@ class Publisher:
         """The next `publish` follows this plan: other services, pipelines or links."""
         self._plan = plan
 
-    def publish(self, replicas: Sequence[Replica], allowance: Mapping[str, int] = MappingProxyType({})) -> int:
-        """Publish replicas and allowances if that changes anything; the version they are known under."""
+    def publish(
+        self,
+        replicas: Sequence[Replica],
+        allowance: Mapping[str, int] = MappingProxyType({}),
+        patience: Mapping[str, float] = MappingProxyType({}),
+    ) -> int:
+        """Publish replicas, and when standbys are let out, if that changes anything; the version they are known under."""
         version = self.current.version
-        routes = self._plan.routes(replicas, version, allowance)
+        routes = self._plan.routes(replicas, version, allowance, patience)
         if routes != self._published:
             self._issue(routes.model_copy(update={"version": version + 1}))
         else:

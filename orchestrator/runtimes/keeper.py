@@ -54,8 +54,8 @@ STOP_MARGIN_S = 1.0
 class Routing(Protocol):
     """Whoever tells the gateways."""
 
-    def publish(self, replicas: Sequence[Replica], allowance: Mapping[str, int]) -> int:
-        """Make these replicas and allowances known; returns the version of the routes that has them."""
+    def publish(self, replicas: Sequence[Replica], allowance: Mapping[str, int], patience: Mapping[str, float]) -> int:
+        """Make replicas known, and when standbys are let out; returns the version of the routes that says so."""
 
     async def acknowledged(self, version: int, limit_s: float) -> bool:
         """Wait until every gateway that is heard of has the version; False when the limit passed first."""
@@ -357,7 +357,8 @@ class Keeper:
         self.actions[step.verb, "ok"] += 1
 
     def _publish(self) -> int:
-        return self._routing.publish(self.replicas(), self._allowance())
+        patience = self._desired.patience if self._desired is not None else {}
+        return self._routing.publish(self.replicas(), self._allowance(), patience)
 
     def _set(self, member: _Member, state: ReplicaState) -> None:
         log.info("%s: %s -> %s", member.record.id, member.record.state, state)

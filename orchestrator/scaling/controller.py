@@ -14,7 +14,8 @@ Each slot, for every service:
 4. **Trim.** Drift plus penalty (`lyapunov`): replicas more as long as they are worth their price in backlog drained and in
    lateness avoided, weighed by the virtual queue of every pipeline's broken promises.
 5. **Steady.** A standby that is let out while the load has not changed for a while is one too few at work: those that are
-   wanted are raised until it no longer happens, so that a load that stays finds replicas that stay.
+   wanted are raised until it no longer happens; and nothing is given up as long as the load stays, so that it finds replicas
+   that stay.
 6. **Hold.** What is no longer wanted is given up only after it was too much for a while; a standby after as long as it costs as
    much to keep as to start again (ski rental: no more than twice the cost of knowing the future).
 
@@ -59,7 +60,9 @@ class Memory:
     t: float | None = None
     """When it was seen last [s]."""
     queue: float = 0.0
-    """Requests that waited then."""
+    """Requests that waited then,"""
+    backlog: float = 0.0
+    """and of them, those that are not just passing: no fewer waited the time before."""
     load: Level = field(default_factory=Level)
     rates: Rates = field(default_factory=Rates)
     peak: int | None = None
@@ -67,6 +70,8 @@ class Memory:
     served: Served = field(default_factory=Served)
     law: effective_capacity.Service | None = None
     """What it is staffed by: follows what is measured in steps, so that noise moves nothing."""
+    steady_since: float | None = None
+    """When the load began to count as one that stays [s]; None while it does not."""
     level: int = 0
     """Replicas at work that the load asks for."""
     extra: int = 0
@@ -122,7 +127,7 @@ class Lyapunov:
     """Rates that tasks met so long ago weigh 1/e in the peak [s]."""
     hold_s: float = 1.0
     """Replicas too many are at work for so long before they go to standby [s]."""
-    steady_s: float = 20.0
+    steady_s: float = 40.0
     """A rate that has been the same for so long counts as one that stays [s]."""
     max_utilisation: float = 0.95
     """No fewer replicas at work than keep them idle for the rest of the time."""
@@ -176,7 +181,7 @@ class Lyapunov:
                 desired = autoscaler.place(self.site, targets, current, spendable=self.let_out)
             except Infeasible as error:
                 return kept, Decision(None, f"hold: {error}")
-        desired = replace(desired, allowance=self._allowance(desired))
+        desired = replace(desired, allowance=self._allowance(desired), patience=self._patience(services))
         return replace(kept, placement=desired), Decision(desired, self._reason(targets, current, short, services, demands))
 
     # --- what is known --------------------------------------------------------------------------------------------------------
@@ -217,6 +222,7 @@ class Lyapunov:
             memory,
             t=observation.t,
             queue=signal.queue_length,
+            backlog=min(memory.queue, signal.queue_length),
             load=estimators.follow(memory.load, rate, elapsed_s, self.memory_s),
             rates=rates,
             served=served,
@@ -281,7 +287,7 @@ class Lyapunov:
         tail = self._tail(service, memory, budget.wait_s, rate)
         # A backlog that all replicas together end within the budget is what the budget is for.
         ready = max(1, current.target(service.name).replicas)
-        behind = max(0.0, memory.queue - ready * budget.wait_s / per_request_s)
+        behind = max(0.0, memory.backlog - ready * budget.wait_s / per_request_s)
         cost = self.v * prices.cpu_second * service.cpus
         weight = math.fsum(z * self.site.promises[name].visits_of(service.name) * rate for name, z in queues.items() if z > 0.0)
         loaded = {
@@ -341,8 +347,9 @@ class Lyapunov:
 
         level, said = wanted(rate), verdict
         level, verdict = max(level, min(memory.level, wanted(rate + 2.0 * error))), said
-        extra = memory.extra if load.span_s >= self.steady_s else 0
-        if load.span_s >= self.steady_s and name in observation.services and any(observation.services[name].let_out.values()):
+        since = None if load.span_s < self.steady_s else t if memory.steady_since is None else memory.steady_since
+        extra = memory.extra if since is not None else 0
+        if since is not None and name in observation.services and any(observation.services[name].let_out.values()):
             extra += max(1, round(math.sqrt(level) / 2.0))
         level += extra
         total = level
@@ -350,13 +357,23 @@ class Lyapunov:
             high = estimators.rate_of(peak) if peak is not None else rate
             total = max(least(high, 0.0, epsilon, share.wait_s), level + spends)
         chosen = lyapunov.alone(replace(demand, floor=min(demand.most, max(demand.floor, level))))
-        wishes, ready = _held(memory.wishes, t, chosen, self.hold_s)
+        stays_s = 0.0 if since is None else t - since
+        wishes, ready = _held(memory.wishes, t, chosen, max(self.hold_s, stays_s))
         price = self.site.prices.cpu_second * service.cpus * (self.site.prices.standby_fraction if self.standby else 1.0)
         keep_s = max(self.hold_s, self.site.prices.start / price if price > 0.0 else math.inf)
-        totals, total = _held(memory.totals, t, max(total, ready), keep_s)
+        totals, total = _held(memory.totals, t, max(total, ready), max(keep_s, stays_s))
         most = demand.most
         ready = min(most, ready if self.standby else total)
-        memory = replace(memory, peak=peak, level=level - extra, extra=extra, wishes=wishes, totals=totals, verdict=verdict)
+        memory = replace(
+            memory,
+            peak=peak,
+            steady_since=since,
+            level=level - extra,
+            extra=extra,
+            wishes=wishes,
+            totals=totals,
+            verdict=verdict,
+        )
         return memory, Target(ready, max(0, min(total, most) - ready) if self.standby else 0)
 
     def _share_out(self, demands: Mapping[str, Demand], asked: Mapping[str, Target], current: Placement) -> dict[str, Target]:
@@ -421,6 +438,12 @@ class Lyapunov:
                     allowed[service.name] = allowed.get(service.name, 0) + count
                     left[node] -= count * service.cpus
         return allowed
+
+    def _patience(self, services: Mapping[str, Memory]) -> dict[str, float]:
+        """Where the load stays the same, the data plane need not take a single wait for the beginning of a burst."""
+        if not (self.standby and self.let_out):
+            return {}
+        return {name: letting_out.PATIENT_SHARE for name, memory in services.items() if memory.steady_since is not None}
 
     def _promised(
         self, services: Mapping[str, Memory], shares: Mapping[str, Budget], targets: Mapping[str, Target]

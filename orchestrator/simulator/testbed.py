@@ -391,7 +391,8 @@ class SimulatedTestbed:
         if wait_s <= 0.0:
             return False
         slack_s = task.due - task.after_s[segment] - now - sum(map(self._work_s, rest))
-        return letting_out.is_due(wait_s, slack_s, len(rest) + task.plan.hops_after[segment])
+        share = self._desired.patience.get(rest[0], letting_out.SHARE) if self._desired is not None else letting_out.SHARE
+        return letting_out.is_due(wait_s, slack_s, len(rest) + task.plan.hops_after[segment], share)
 
     def _spend_standby(self, service: str, order: tuple[int, ...], node: str) -> tuple[Routed, tuple[int, ...]]:
         """Let the nearest standby out whose node has the cores, and prefer it; without one, all stays as it is.

@@ -11,7 +11,9 @@ from __future__ import annotations
 from services.dataplane.routing import RouteBook
 
 SHARE = 0.25
-"""Of the slack of a stage that a wait may take before a standby is let out."""
+"""Of a hop's slack that a wait may take before a standby is let out."""
+PATIENT_SHARE = 1.0
+"""The same where the load has not changed for a while: there a single wait is chance, and not the beginning of a burst."""
 
 
 def is_due(wait_s: float, slack_s: float, hops: int, share: float = SHARE) -> bool:

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from models.manifest import Name, TensorSpec, Tier
+from services.dataplane import letting_out
 from services.dataplane.document import Document, keep
 from services.dataplane.pipeline import Pipeline
 
@@ -51,6 +52,8 @@ class Service(Document):
     replicas: tuple[Replica, ...] = ()
     allowance: int = Field(default=0, ge=0)
     """Standbys that gateways may let out by themselves (`letting_out`) until the next document."""
+    patience: float = Field(default=letting_out.SHARE, gt=0)
+    """Share of a hop's slack that a wait may take before they do."""
 
 
 class Routes(Document):

@@ -230,7 +230,7 @@ class Walker:
         if wait_s <= 0.0:
             return False
         slack_s = due - now - sum(self._work_s(table.targets[step.service]) for step in rest)
-        return letting_out.is_due(wait_s, slack_s, len(rest) + plan.hops_after[index])
+        return letting_out.is_due(wait_s, slack_s, len(rest) + plan.hops_after[index], target.service.patience)
 
     def _let_out(
         self, table: Table, service: str, order: tuple[int, ...], node: str, now: float

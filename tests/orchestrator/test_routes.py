@@ -42,13 +42,15 @@ def test_the_document_has_all_that_a_gateway_needs() -> None:
     assert routes.pipelines["embed"].epsilon == 0.05
 
 
-def test_the_allowance_is_part_of_the_document(tmp_path: Path) -> None:
+def test_when_standbys_are_let_out_is_part_of_the_document(tmp_path: Path) -> None:
     publisher = Publisher(plan(), tmp_path / "routes.json")
     assert publisher.publish([replica()]) == 1
     assert publisher.current.services["encode"].allowance == 0
     assert publisher.publish([replica()], {"encode": 2}) == 2
     assert (publisher.current.services["encode"].allowance, publisher.current.services["pool"].allowance) == (2, 0)
     assert publisher.publish([replica()], {"encode": 2}) == 2
+    assert publisher.publish([replica()], {"encode": 2}, {"encode": 1.0}) == 3
+    assert (publisher.current.services["encode"].patience, publisher.current.services["pool"].patience) == (1.0, 0.25)
 
 
 def test_the_version_grows_with_every_change_only_and_across_restarts(tmp_path: Path) -> None:

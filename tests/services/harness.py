@@ -20,7 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from models.manifest import Manifest, ModelFile, StageSpec, TensorSpec, Tier
-from services.dataplane import routes, wire
+from services.dataplane import letting_out, routes, wire
 from services.dataplane.pipeline import Pipeline, Step
 from services.dataplane.routes import Replica as ReplicaRoute
 from services.dataplane.routes import Routes, Service
@@ -166,7 +166,7 @@ def document(pipelines: list[Pipeline], addresses: Mapping[str, list[str]], vers
     return Routes(version=version, testbed="test", services=services, pipelines={p.name: p for p in pipelines})
 
 
-def with_standbys(kept: Routes, *replicas: str, allowance: int = 1) -> Routes:
+def with_standbys(kept: Routes, *replicas: str, allowance: int = 1, patience: float = letting_out.SHARE) -> Routes:
     """The document with these replicas on standby, and so many standbys of every service to be let out."""
     services = {
         name: service.model_copy(
@@ -175,6 +175,7 @@ def with_standbys(kept: Routes, *replicas: str, allowance: int = 1) -> Routes:
                     each.model_copy(update={"state": "standby"}) if each.id in replicas else each for each in service.replicas
                 ),
                 "allowance": allowance,
+                "patience": patience,
             }
         )
         for name, service in kept.services.items()

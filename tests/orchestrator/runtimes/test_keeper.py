@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -60,8 +61,9 @@ async def test_a_standby_that_a_gateway_lets_out_is_at_work_until_a_decision_tha
         assert not kept.let_out("pool", standby), "it is at work already"
         kept.apply(ordered, seen)
         assert len(by_state(kept.replicas())["ready"]) == 2, "the decision did not know of it"
-        kept.apply(pool({"a": 1, "b": 1}, allowance=1), kept.replicas())
+        kept.apply(replace(pool({"a": 1, "b": 1}, allowance=1), patience={"pool": 1.0}), kept.replicas())
         assert len(by_state(kept.replicas())["ready"]) == 2, "the decision keeps it"
+        assert board.patience == {"pool": 1.0}
         assert not any(r.let_out for r in kept.replicas())
         kept.apply(ordered, kept.replicas())
         assert by_state(kept.replicas())["standby"] == [standby], "the decision takes it back"

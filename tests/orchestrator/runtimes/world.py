@@ -40,15 +40,16 @@ class Noticeboard:
     def __init__(self) -> None:
         self.history: list[tuple[float, tuple[Replica, ...]]] = []
         self.allowance: dict[str, int] = {}
+        self.patience: dict[str, float] = {}
         """Published last."""
         self.news = asyncio.Event()
         self.confirmed = asyncio.Event()
         self.confirmed.set()
 
-    def publish(self, replicas: Sequence[Replica], allowance: Mapping[str, int]) -> int:
+    def publish(self, replicas: Sequence[Replica], allowance: Mapping[str, int], patience: Mapping[str, float]) -> int:
         if not self.history or self.history[-1][1] != tuple(replicas):
             self.history.append((time.monotonic(), tuple(replicas)))
-        self.allowance = dict(allowance)
+        self.allowance, self.patience = dict(allowance), dict(patience)
         self.news.set()
         self.news = asyncio.Event()
         return len(self.history)

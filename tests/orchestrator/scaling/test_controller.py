@@ -24,6 +24,7 @@ from orchestrator.core import (
 from orchestrator.scaling import autoscaler, policies
 from orchestrator.scaling.controller import Lyapunov, MeanDelay, NoLyapunov, State
 from orchestrator.scaling.site import Law, Promise, Site
+from services.dataplane import letting_out
 from tests.orchestrator.scaling.test_autoscaler import SITE
 
 KNOWN = replace(SITE, laws={"pool": Law(0.02, 0.5)}, promises={"p": Promise(0.5, 0.05, (("encode", "pool"),))})
@@ -434,8 +435,13 @@ def _steady(loop: Loop, begin: int, end: int, rate: float, let_out_at: int | Non
     return found
 
 
+STAYS = Lyapunov(KNOWN, steady_s=20.0)
+HASTY = Lyapunov(replace(KNOWN, promises={"p": Promise(0.1, 0.05, (("pool",),))}), steady_s=20.0)
+"""With a tenth of a second for every task."""
+
+
 def test_one_let_out_while_the_load_stays_is_one_too_few_at_work_until_it_changes() -> None:
-    loop = Loop(Lyapunov(KNOWN))
+    loop = Loop(STAYS)
     before = _steady(loop, 0, 25, 100.0)[-1]
     after = _steady(loop, 25, 40, 100.0, let_out_at=25)
     assert after == [before + 1] * 15
@@ -452,6 +458,43 @@ def test_one_let_out_before_the_load_has_stayed_goes_back_after_its_hold() -> No
     before = _steady(loop, 0, 10, 100.0)[-1]
     assert _steady(loop, 10, 15, 100.0, let_out_at=10) == [before] * 5
     assert loop.state.services["pool"].extra == 0
+
+
+def test_where_the_load_stays_the_data_plane_is_patient_until_it_changes() -> None:
+    loop = Loop(STAYS)
+    _steady(loop, 0, 15, 100.0)
+    assert not loop.placement.patience
+    _steady(loop, 15, 25, 100.0)
+    assert loop.placement.patience == {"pool": letting_out.PATIENT_SHARE}
+    _steady(loop, 25, 28, 300.0)
+    assert not loop.placement.patience
+    alone = Loop(replace(STAYS, let_out=False))
+    _steady(alone, 0, 25, 100.0)
+    assert not alone.placement.patience, "nobody lets anything out"
+
+
+def _backlogged(policy: Lyapunov, slots: Mapping[int, float], end: int) -> list[int]:
+    """Replicas of pool at work at 100 req/s, with such queues in some of the slots; what waits has not ended yet."""
+    loop, found = Loop(policy), []
+    for t in range(end):
+        queue = slots.get(t, 0.0)
+        said = replace(POOL, arrival_rate=100.0 - queue + slots.get(t - 1, 0.0), queue_length=queue)
+        found.append(_desired(loop.see(loop.observation(float(t), {"pool": said}))).target("pool").replicas)
+    return found
+
+
+def test_only_a_backlog_that_lasts_two_slots_is_worth_replicas() -> None:
+    """What passes by itself is gone before a replica more could have helped."""
+    usual = _backlogged(HASTY, {}, 40)[-1]
+    assert max(_backlogged(HASTY, {30: 150.0}, 35)[30:]) == usual
+    assert max(_backlogged(HASTY, {30: 150.0, 31: 150.0}, 35)[30:]) > usual
+
+
+def test_no_replica_at_work_is_given_up_while_the_load_stays() -> None:
+    burst = {31: 150.0, 32: 150.0}
+    held = _backlogged(HASTY, burst, 90)
+    assert held[-1] == max(held) > held[30]
+    assert _backlogged(replace(HASTY, steady_s=1e9), burst, 90)[-1] == held[30], "given up where none stays"
 
 
 # --- where not all fits -----------------------------------------------------------------------------------------------------

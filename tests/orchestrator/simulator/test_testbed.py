@@ -253,7 +253,7 @@ WITH_STANDBYS = Placement({"a": {"n0": 1}}, {"a": {"n0": 2}})
 def test_a_standby_is_let_out_at_once_for_a_task_that_would_wait_too_long() -> None:
     bed = let_out_bed([1.0, 1.0, 1.0, 1.0])
     bed.kernel.run(1.0)
-    # Of the 0.4 s of slack half may be spent on waiting: the third would wait 0.2 s, the fourth 0.3 s.
+    # Of the 0.4 s of slack a quarter may be spent on waiting: the third would wait 0.2 s.
     assert states(bed) == ["ready", "ready", "standby"]
     assert [view.let_out for view in bed.replicas()] == [False, True, False]
     assert bed.let_out == 1
@@ -261,6 +261,14 @@ def test_a_standby_is_let_out_at_once_for_a_task_that_would_wait_too_long() -> N
     bed.kernel.run(2.0)
     assert outcomes(bed) == ["on_time"] * 5
     assert len({hop.replica for record in records(bed) for hop in record.hops}) == 2
+
+
+def test_where_it_is_patient_a_standby_is_let_out_only_for_a_wait_beyond_the_slack() -> None:
+    for tasks, let_out in ((4, 0), (5, 1)):
+        bed = let_out_bed([1.0] * tasks)
+        bed.apply(replace(WITH_STANDBYS, allowance={"a": 1}, patience={"a": 1.0}))
+        bed.kernel.run(1.0)
+        assert bed.let_out == let_out, "the fourth waits 0.3 s of its slack of 0.4 s, the fifth would be late"
 
 
 def test_the_allowance_is_spent_once_a_decision() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.dataplane import wire
+from services.dataplane import letting_out, wire
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import NoReplica, Overloaded
 from services.dataplane.pipeline import Pipeline, Step
@@ -175,9 +175,9 @@ class Scene:
         self.walker.admit(self.table, self.table.plans["task"], Deadline(self.now, budget_s))
 
 
-def two(*standbys: str, allowance: int = 1) -> Routes:
+def two(*standbys: str, allowance: int = 1, patience: float = letting_out.SHARE) -> Routes:
     urls = {"double": [f"http://d:{i}" for i in range(4)], "last": ["http://l:1"]}
-    return with_standbys(document([chain("double", "last")], urls), *standbys, allowance=allowance)
+    return with_standbys(document([chain("double", "last")], urls), *standbys, allowance=allowance, patience=patience)
 
 
 STANDBYS = ("double-2", "double-3")
@@ -193,6 +193,13 @@ def test_a_standby_is_let_out_when_every_queue_takes_too_much_of_the_slack(
 ) -> None:
     scene = Scene(two(*STANDBYS)).waits(double_0=wait_s, double_1=other_s, last_0=0.0)
     assert (scene.first() in STANDBYS, len(scene.told)) == (let_out, let_out)
+
+
+def test_where_the_routes_say_so_a_longer_wait_is_borne() -> None:
+    patient = two(*STANDBYS, patience=1.0)
+    for wait_s, let_out in ((0.39, False), (0.41, True)):
+        scene = Scene(patient).waits(double_0=wait_s, double_1=wait_s, last_0=0.0)
+        assert (scene.first() in STANDBYS) == let_out, "its share of 0.8 s is 0.4 s"
 
 
 def test_a_standby_serves_later_tasks_too_and_no_second_one_is_let_out_beyond_the_allowance() -> None:
