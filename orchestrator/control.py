@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import plan as plans
+from orchestrator import survey
 from orchestrator import testbed as testbeds
 from orchestrator.core import Placement, Target
 from orchestrator.decision_log import DecisionLog, Origin
@@ -175,7 +176,7 @@ class Orchestrator:
 
     def _wanted(self) -> dict[str, Target]:
         """How many replicas of each service there should be: as ordered, else as decided, else as the file begins."""
-        begins, desired = self._testbed.targets(), self._runner.desired
+        begins, desired = self._plan.targets(), self._runner.desired
         decided = {name: desired.target(name) for name in begins if desired.ready.get(name)} if desired is not None else {}
         return begins | decided | {name: target for name, target in self._orders.targets.items() if name in begins}
 
@@ -212,9 +213,11 @@ class Orchestrator:
         if self._rolling is not None and not self._rolling.done():
             raise Conflict("an update is under way; wait until it has ended (espalier status)")
         new = plans.make(testbeds.parse(text, name), self._settings.models_dir)
-        rollout = Rollout(self._plan, new, take=self._take, look=self._standing, revert=self._runtime.revert)
+        rollout = Rollout(
+            self._plan, new, settle=self._settled_plan, take=self._take, look=self._standing, revert=self._runtime.revert
+        )
         both = rollout.both
-        both.place({**both.testbed.targets(), **self._wanted()}, self._placed())
+        both.place({**both.targets(), **self._wanted()}, self._placed())
         self._rollout = rollout
         self._rolling = asyncio.create_task(self._roll(rollout, new, text, limit_s))
 
@@ -234,6 +237,9 @@ class Orchestrator:
             self._state.keep_testbed(text)
             self._runtime.keep()
         log.info("update: %s %s", rollout.progress.state, rollout.progress.reason)
+
+    async def _settled_plan(self, plan: Plan) -> Plan:
+        return await survey.settled(plan, self._placed())
 
     def _take(self, plan: Plan) -> None:
         """Put a plan into force."""

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import uvicorn
 
-from orchestrator import app
+from orchestrator import app, survey
 from orchestrator import plan as plans
 from orchestrator import testbed as testbeds
 from orchestrator.control import GATEWAY_MODULE, STAGE_MODULE, Orchestrator, Settings
@@ -60,6 +60,7 @@ async def serve(arguments: argparse.Namespace) -> int:
         raise SetupFailed(f"testbed {before.testbed} is up already (process {before.pid}); end it with espalier down")
     plan = _in_force(state, arguments.models_dir) or plans.make(given, arguments.models_dir)
     in_force = plan.loaded
+    plan = await survey.settled(plan)
     with _listen(arguments.host, arguments.port or given.testbed.control.port, before) as listener:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
         orchestrator = Orchestrator(plan, state, _settings(arguments, url, state.scope(given.testbed.name), given.testbed.name))

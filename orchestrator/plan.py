@@ -8,7 +8,7 @@ only then do services that are no longer wanted go. So going back is possible un
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Plan:
     loaded: Loaded
     manifests: Mapping[str, Manifest]
     wiring: Wiring
+    placed: core.Counts = field(default_factory=dict)
+    """Where core replicas go (`survey.settled`); without an entry, as many as the file says go where there is room."""
 
     @property
     def testbed(self) -> Testbed:
@@ -49,6 +51,13 @@ class Plan:
     def services(self) -> dict[str, core.Service]:
         """What a replica of each service needs."""
         return {service.name: service for service in self.testbed.core_services(self.wiring.tiers)}
+
+    def targets(self) -> dict[str, core.Target]:
+        """How many replicas of each service to begin with: the file's, and of core services those that are placed."""
+        return {
+            name: replace(target, replicas=sum(self.placed[name].values())) if name in self.placed else target
+            for name, target in self.testbed.targets().items()
+        }
 
     def nodes(self) -> dict[str, core.Node]:
         """What each node has."""
@@ -90,7 +99,8 @@ class Plan:
         return Site(
             services=tuple(services.values()),
             nodes=testbed.core_nodes(),
-            targets=testbed.targets(),
+            targets=self.targets(),
+            placed=self.placed,
             flows=testbed.flows(),
             latencies_s=testbed.latencies_s(),
             stale_after_s=testbed.control.stale_after,
@@ -147,6 +157,7 @@ def between(old: Plan, new: Plan) -> Plan:
         replace(new.loaded, testbed=testbed),
         {**old.manifests, **new.manifests},
         Wiring(old.wiring.pipelines, {**old.wiring.tiers, **new.wiring.tiers}, ()),
+        {**old.placed, **new.placed},
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +59,7 @@ class Rollout:
         old: Plan,
         new: Plan,
         *,
+        settle: Callable[[Plan], Awaitable[Plan]],
         take: Callable[[Plan], None],
         look: Callable[[], Standing],
         revert: Callable[[], None],
@@ -68,6 +69,7 @@ class Rollout:
         Args:
             old: what is in force.
             new: what is to be.
+            settle: places the new plan's core services.
             take: puts a plan into force.
             look: tells how far what runs is from it.
             revert: called before the old plan comes back into force.
@@ -78,7 +80,7 @@ class Rollout:
         self._old, self._new = old, new
         self.both = plans.between(old, new)
         """The plan in force on the way."""
-        self._take, self._look, self._revert = take, look, revert
+        self._settle, self._take, self._look, self._revert = settle, take, look, revert
         self.progress = Progress("rolling", new.loaded.sha256)
 
     async def run(self, limit_s: float) -> None:
@@ -87,6 +89,8 @@ class Rollout:
         Args:
             limit_s: longest time until everything new is ready [s].
         """
+        self._new = await self._settle(self._new)
+        self.both = plans.between(self._old, self._new)
         self._take(self.both)
         problem = await self._wait(limit_s)
         if problem is None:

@@ -6,18 +6,24 @@ Where a stage has a profile its service law is used, else an assumption, which i
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import multiprocessing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import dataclass, replace
 
 from loadgen import arrivals
 from models.manifest import Manifest, ServiceLaw, ServicePoint, StageProfile
 from orchestrator import plan as plans
 from orchestrator.core import Placement, Service
-from orchestrator.errors import EspalierError, UsageError
-from orchestrator.placement import flows, heuristics
+from orchestrator.errors import EspalierError, Infeasible, UsageError
+from orchestrator.placement import heuristics
 from orchestrator.placement.problem import MIB, Hosted, Parameters, Problem
 from orchestrator.placement.survey import demand_of, mean_rate
 from orchestrator.testbed import Testbed
+
+log = logging.getLogger(__name__)
 
 ASSUMED_SERVICE_S = {"core": 0.020, "light": 0.002}
 """Mean service time of a stage without a profile [s],"""
@@ -26,7 +32,11 @@ ASSUMED_LOAD_S, ASSUMED_TAIL = 0.5, 1.5
 LASTING_S = 60.0
 """How long a placement should last [s]: a start is paid for over that time."""
 START_LIMIT_S = 5.0
-"""How long the program may take where a running testbed waits for it [s]."""
+"""How long the program may take where a running testbed waits for it [s],"""
+LOAD_LIMIT_S = 15.0
+"""and how long it may take to load the solver [s]."""
+MANUAL = "manual"
+"""The policy under which replicas are as many as the testbed or the operator says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +172,31 @@ class CorePlacement:
     reason: str
 
 
-def core_placement(
-    found: Survey, *, current: Placement | None = None, limit_s: float = START_LIMIT_S, gap: float = 0.01
+async def settled(made: plans.Plan, current: Placement | None = None) -> plans.Plan:
+    """The plan with its core services placed for the testbed's workload; as it is where they are scaled by hand, or do not fit.
+
+    Args:
+        made: the testbed with its models.
+        current: what runs; moves are charged for.
+    """
+    if made.testbed.control.policy.name == MANUAL or "core" not in made.wiring.tiers.values():
+        return made
+    try:
+        found = await core_placement(survey(made), current)
+    except Infeasible as error:
+        log.warning("core services: as many as the testbed says, placed greedily, since its workload does not fit: %s", error)
+        return made
+    log.info("core services: placed by %s: %s", found.by, found.reason)
+    return replace(made, placed=found.placement.ready)
+
+
+async def core_placement(
+    found: Survey, current: Placement | None = None, *, limit_s: float = START_LIMIT_S, gap: float = 0.01
 ) -> CorePlacement:
     """Where the core services of a testbed should run, in time for one that waits: the program's word, else the heuristic's.
 
-    A heuristic's placement that keeps every rule and costs at most `gap` more than its replicas must cost in any case is taken
-    without asking the program, whose solver takes longer to import than most small testbeds to solve.
+    On a single node there is nothing to choose. Elsewhere another process does: the solver takes seconds to load,
+    and memory that an orchestrator would keep for good.
 
     Args:
         found: of `survey`, with the demand.
@@ -179,19 +207,32 @@ def core_placement(
     Raises:
         Infeasible: not even the heuristic finds room.
     """
-    problem = found.problem
-    greedy = heuristics.near(problem, current)
+    greedy = heuristics.near(found.problem, current)
+    if len(found.problem.nodes) == 1:
+        return CorePlacement(greedy, "greedy", "there is one node")
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    try:
+        asked = asyncio.get_running_loop().run_in_executor(pool, _choose, found.problem, greedy, current, limit_s, gap)
+        return await asyncio.wait_for(asked, limit_s + LOAD_LIMIT_S)
+    except (EspalierError, BrokenExecutor, TimeoutError) as error:
+        said = str(error) or type(error).__name__
+        return CorePlacement(greedy, "greedy", f"the program found nothing, so the greedy heuristic placed: {said}")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _choose(problem: Problem, greedy: Placement, current: Placement | None, limit_s: float, gap: float) -> CorePlacement:
+    """The heuristic's placement, if it keeps every rule and costs little more than its replicas must; else the program's."""
+    from orchestrator.placement import flows  # noqa: PLC0415  only a process that has to choose loads scipy,
+
     cost = flows.cost_of(problem, problem.arrays.counts(greedy), current)
     least = flows.least_rent(problem)
     x = problem.arrays.counts(greedy)
     if cost - least <= gap * cost and flows.keeps(problem, x, flows.survivors(problem, x)):
         return CorePlacement(greedy, "greedy", f"greedy is within {gap:.0%} of the least that its replicas may cost")
-    from orchestrator.placement.program import Limits, Program  # noqa: PLC0415  the solver takes a second and more to import
+    from orchestrator.placement.program import Limits, Program  # noqa: PLC0415  and the solver only where it is asked
 
-    try:
-        solution = Program(problem, Limits(time_s=limit_s, gap=gap)).solve(current)
-    except EspalierError as error:
-        return CorePlacement(greedy, "greedy", f"the program found nothing, so the greedy heuristic placed: {error}")
+    solution = Program(problem, Limits(time_s=limit_s, gap=gap)).solve(current)
     by = solution.status if solution.status in ("greedy", "spread") else "program"
     said = "no bound is known" if solution.gap is None else f"at most {solution.gap:.2%} above the best possible"
     return CorePlacement(solution.placement, by, f"{solution.status} after {solution.solve_s:.2f} s, {said}")

@@ -10,7 +10,7 @@ second.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from orchestrator.core import Decision, Node, Observation, Placement, Service, Signal, Target
@@ -116,6 +116,8 @@ def standing(placement: Placement | None, observation: Observation) -> Placement
 def place(site: Site, targets: Mapping[str, Target], current: Placement, *, spendable: bool = False) -> Placement:
     """Nodes for these targets: what runs stays; as a rule only services that change, and their neighbours, are looked at anew.
 
+    Core replicas that are missing go where the site says.
+
     Args:
         site: what there is.
         targets: for all services.
@@ -138,13 +140,28 @@ def place(site: Site, targets: Mapping[str, Target], current: Placement, *, spen
         {name: target for name, target in targets.items() if name in concerned},
         flows=site.flows,
         latencies_s=site.latencies_s,
-        keep=current,
+        keep=_completed(site, targets, current),
         spendable=spendable,
     )
     return Placement(
         {s.name: placed for s in site.services if (placed := (left if s.name in concerned else current).ready.get(s.name))},
         {s.name: placed for s in site.services if (placed := (left if s.name in concerned else current).standby.get(s.name))},
     )
+
+
+def _completed(site: Site, targets: Mapping[str, Target], current: Placement) -> Placement:
+    """What runs, and the core replicas that it lacks of the site's placement, no more than the targets ask for."""
+    ready = dict(current.ready)
+    for name, planned in site.placed.items():
+        there = dict(ready.get(name, {}))
+        missing = targets[name].replicas - sum(there.values()) if name in targets else 0
+        for node, count in planned.items():
+            more = max(0, min(count - there.get(node, 0), missing))
+            if more:
+                there[node] = there.get(node, 0) + more
+                missing -= more
+        ready[name] = there
+    return replace(current, ready=ready)
 
 
 def _without(nodes: tuple[Node, ...], services: list[Service], placement: Placement) -> list[Node]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from models.manifest import ServiceLaw
-from orchestrator.core import Node, Service, Target
+from orchestrator.core import Counts, Node, Service, Target
 from orchestrator.costs import Prices
 from orchestrator.scaling.parameters import Ordered, Table
 from services.dataplane.pipeline import Pipeline, Step
@@ -73,6 +73,8 @@ class Site:
     nodes: tuple[Node, ...]
     targets: Mapping[str, Target]
     """Where every service begins; where core services stay."""
+    placed: Counts = field(default_factory=dict)
+    """Where the replicas of core services are to run; those without an entry go where `autoscaler.place` finds room."""
     flows: Ordered[tuple[str, str]] = frozenset()
     latencies_s: Table[tuple[str, str], float] | None = None
     stale_after_s: float = 5.0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,11 @@ class Testbed:
         self._look = look
 
     def rollout(self) -> Rollout:
-        return Rollout(self.old, self.new, take=self.taken.append, look=self.look, revert=self.revert)
+        return Rollout(self.old, self.new, settle=self.settle, take=self.taken.append, look=self.look, revert=self.revert)
+
+    async def settle(self, plan: Plan) -> Plan:
+        self.new = replace(plan, placed={"encode": {"edge-2": 3}})
+        return self.new
 
     def revert(self) -> None:
         self.reverted += 1
