@@ -13,10 +13,12 @@ Each slot, for every service:
    so many that it happens seldom; where they wait for a slot, ready ones keep the promise alone, and standbys shorten a rise.
 4. **Trim.** Drift plus penalty (`lyapunov`): replicas more as long as they are worth their price in backlog drained and in
    lateness avoided, weighed by the virtual queue of every pipeline's broken promises.
-5. **Steady.** A standby that is let out while the load has not changed for a while is one too few at work: those that are
+5. **Loosen.** The bound adds up worst cases, and is met by far. A pipeline that has broken less than half of what it may break
+   for a while gives its stages more epsilon than their shares, until it breaks that half.
+6. **Steady.** A standby that is let out while the load has not changed for a while is one too few at work: those that are
    wanted are raised until it no longer happens; and nothing is given up as long as the load stays, so that it finds replicas
    that stay.
-6. **Hold.** What is no longer wanted is given up only after it was too much for a while; a standby after as long as it costs as
+7. **Hold.** What is no longer wanted is given up only after it was too much for a while; a standby after as long as it costs as
    much to keep as to start again (ski rental: no more than twice the cost of knowing the future).
 
 Then nodes: what runs stays, what is new goes where `autoscaler.place` puts it. Where not all fits, drift plus penalty decides
@@ -45,6 +47,12 @@ BROKEN = ("late", "expired", "rejected")
 """Outcomes that a pipeline's epsilon is held against."""
 CORE_SHARE = 0.01
 """Of a core service's requests, that may wait longer than the others have to allow for."""
+MOST_CREDIT = 1.5
+"""More than counts, so that a promise broken now and then moves nothing."""
+LEAST_CAP = 5.0
+"""Broken promises [tasks] that all credit is good for, however few tasks there are."""
+MOST_LET_OUT = 0.9
+"""Share of tasks that may let a standby out, at most: with all of them there would be nobody at work."""
 CERTIFIED = "certified"
 NO_BUDGET = Budget(0.0, 1.0, 0.0)
 NOT_MEASURED = effective_capacity.Service(1.0)
@@ -93,6 +101,8 @@ class State:
     services: Mapping[str, Memory] = field(default_factory=dict)
     virtual_queues: Mapping[str, float] = field(default_factory=dict)
     """Z of every pipeline [tasks]."""
+    credits: Mapping[str, float] = field(default_factory=dict)
+    """What every pipeline has broken less than it may, as a share of what it may in `cap_s`; 0 to `MOST_CREDIT`."""
     budgets: Mapping[str, Budget] = field(default_factory=dict)
     basis: Mapping[str, float] = field(default_factory=dict)
     """Service times that the budgets were made with [s]."""
@@ -108,8 +118,10 @@ class Lyapunov:
     v: float = 50.0
     """V: how much a core for a second, or a start, counts against late tasks and backlog."""
     safety: float = 1.0
-    """Every stage's epsilon is multiplied by this: below 1 to be safer; so large that no tail is asked for, and drift plus
-    penalty decides alone."""
+    """Every stage's epsilon, and `let_out_share`, is multiplied by this: below 1 to be safer; so large that no tail is asked
+    for, and drift plus penalty decides alone."""
+    loosest: float = 20.0
+    """Stages of pipelines that break far less than they may are given up to so many times their epsilon; 1: their own."""
     standby: bool = True
     """Whether to keep replicas on standby."""
     let_out: bool = True
@@ -117,7 +129,7 @@ class Lyapunov:
     let_out_share: float = 0.05
     """With it: share of tasks whose wait may be long enough to let out a standby."""
     virtual_queue: bool = True
-    """Whether broken promises are remembered."""
+    """Whether broken promises, and promises kept by far, are remembered."""
     mean_delay: bool = False
     """Staff by the mean of the wait instead of its tail (the paper's ablation)."""
     memory_s: float = 120.0
@@ -151,6 +163,7 @@ class Lyapunov:
             for service in self.site.services
         }
         queues = self._queues(state.virtual_queues, observation.pipelines)
+        credits = self._credits(state.credits, observation.pipelines)
         basis, shares = self._budgets(state, services, current)
         fresh = {name for name, memory in services.items() if memory.t == observation.t}
         asked: dict[str, Target] = {}
@@ -167,13 +180,14 @@ class Lyapunov:
                 asked[name] = Target(max(service.floor, now.replicas or self.site.targets[name].replicas), now.standby)
             else:
                 demands[name] = self._demand(service, memory, budget, current, queues)
-                services[name], asked[name] = self._ask(service, memory, budget, demands[name], observation)
+                loose = self.safety * self._loosened(name, credits)
+                services[name], asked[name] = self._ask(service, memory, budget, demands[name], observation, loose)
         targets = autoscaler.clip(self.site, asked, current)
         short = [name for name in asked if asked[name] != targets[name]]
         if any(asked[name].replicas > targets[name].replicas for name in demands):
             targets = self._share_out(demands, asked, current)
         promised = self._promised(services, shares, targets)
-        kept = State(state.placement, services, queues, shares, basis, promised)
+        kept = State(state.placement, services, queues, credits, shares, basis, promised)
         if state.placement is not None and all(current.target(name) == target for name, target in targets.items()):
             desired = current
         else:
@@ -238,11 +252,31 @@ class Lyapunov:
             seen = pipelines.get(name)
             if seen is None or seen.interval_s <= 0.0:
                 continue
-            broken = math.fsum(seen.outcomes.get(outcome, 0.0) for outcome in BROKEN)
-            ended = math.fsum(count for outcome, count in seen.outcomes.items() if outcome != "cancelled")
+            broken, ended = _kept(seen)
             cap = max(10.0, self.cap_s * ended / seen.interval_s, found.get(name, 0.0) * (1.0 - promise.epsilon))
             found[name] = lyapunov.virtual_queue(found.get(name, 0.0), broken, ended, promise.epsilon, cap)
         return found
+
+    def _credits(self, credits: Mapping[str, float], pipelines: Mapping[str, PipelineObservation]) -> dict[str, float]:
+        """A virtual queue the other way round: of what was not broken, though half of epsilon might have been."""
+        if not self.virtual_queue or self.loosest <= 1.0:
+            return {}
+        found = dict(credits)
+        for name, promise in self.site.promises.items():
+            seen = pipelines.get(name)
+            if seen is None or seen.interval_s <= 0.0:
+                continue
+            broken, ended = _kept(seen)
+            may = self.safety * promise.epsilon * ended
+            if may > 0.0:
+                most = max(LEAST_CAP, self.cap_s * may / seen.interval_s)
+                found[name] = min(MOST_CREDIT, max(0.0, found.get(name, 0.0) + (may / 2.0 - broken) / most))
+        return found
+
+    def _loosened(self, service: str, credits: Mapping[str, float]) -> float:
+        """Times its epsilon that a service is given: as much as the pipeline allows that has the least to spare."""
+        spare = [credits.get(name, 0.0) for name, promise in self.site.promises.items() if promise.visits_of(service)]
+        return float(self.loosest ** min(1.0, min(spare, default=0.0)))
 
     def _budgets(
         self, state: State, services: Mapping[str, Memory], current: Placement
@@ -310,8 +344,24 @@ class Lyapunov:
         )
 
     def _ask(
-        self, service: Service, memory: Memory, budget: Budget | None, demand: Demand, observation: Observation
+        self,
+        service: Service,
+        memory: Memory,
+        budget: Budget | None,
+        demand: Demand,
+        observation: Observation,
+        loose: float,
     ) -> tuple[Memory, Target]:
+        """What a service wants.
+
+        Args:
+            service: which.
+            memory: what is known of it.
+            budget: its share of what the pipelines promise.
+            demand: what more replicas would be worth.
+            observation: of this slot.
+            loose: times its epsilon that it is given.
+        """
         name, load, t = service.name, memory.load, observation.t
         rate, error = load.rate or 0.0, load.standard_error
         peak = memory.rates.quantile(self.peak_share, memory.peak)
@@ -332,12 +382,13 @@ class Lyapunov:
             return min(demand.most, queueing.square_root_staffing(rate * law.per_request_s / self._slots(name), self.beta))
 
         share = budget or NO_BUDGET
-        epsilon = min(1.0, self.safety * budget.epsilon) if budget is not None else 1.0
+        epsilon = min(1.0, loose * budget.epsilon) if budget is not None else 1.0
         spends = self.standby and self.let_out
         if spends:
+            seldom = min(MOST_LET_OUT, loose * self.let_out_share)
 
             def wanted(rate: float) -> int:
-                return least(rate, 0.0, self.let_out_share, letting_out.SHARE * share.even_s)
+                return least(rate, 0.0, seldom, letting_out.SHARE * share.even_s)
         else:
             start_s = 0.0 if self.standby else self._start_s(name)
             sd = effective_capacity.over_delay(math.sqrt(load.error_variance), self.site.slot_s, start_s)
@@ -554,6 +605,12 @@ class Tail:
     def _budget_s(self, law: effective_capacity.Service) -> float:
         """What is left to wait when a batch takes longer than a request alone."""
         return max(0.0, self.budget_s - (law.mean_s - self.laws[0].mean_s))
+
+
+def _kept(seen: PipelineObservation) -> tuple[float, float]:
+    """Tasks of a slot whose promise was broken, and all of them."""
+    broken = math.fsum(seen.outcomes.get(outcome, 0.0) for outcome in BROKEN)
+    return broken, math.fsum(count for outcome, count in seen.outcomes.items() if outcome != "cancelled")
 
 
 STEP = 0.05

@@ -21,7 +21,7 @@ from orchestrator.core import (
     Signal,
     Target,
 )
-from orchestrator.scaling import autoscaler, policies
+from orchestrator.scaling import autoscaler, controller, policies
 from orchestrator.scaling.controller import Lyapunov, MeanDelay, NoLyapunov, State
 from orchestrator.scaling.site import Law, Promise, Site
 from services.dataplane import letting_out
@@ -419,6 +419,29 @@ def test_broken_promises_do_lead_to_more_replicas() -> None:
     assert broken > trace(Lyapunov(site), [{"on_time": 100.0}] * 10)[-1][1]
     assert broken > trace(NoLyapunov(site), [{"late": 100.0}] * 10)[-1][1]
     assert broken > trace(Lyapunov(site, v=5000.0), [{"late": 100.0}] * 10)[-1][1], "unless V says they are dear"
+
+
+def test_a_promise_kept_by_far_is_loosened_until_half_of_what_may_be_broken_is() -> None:
+    site = replace(KNOWN, promises={"p": Promise(0.1, 0.05, (("pool",),))})
+    kept = [{"on_time": 100.0}] * 60
+    usual = trace(Lyapunov(site, loosest=1.0), kept)[-1][1]
+    assert trace(Lyapunov(site), kept)[-1][1] < usual
+    assert trace(NoLyapunov(site), kept)[-1][1] == usual, "without memory nothing is known of it"
+    half = [{"on_time": 95.0, "late": 5.0}] * 60
+    assert trace(Lyapunov(site), half)[-1][1] == trace(Lyapunov(site, loosest=1.0), half)[-1][1]
+    broken = trace(Lyapunov(site), [*kept, *half])
+    assert broken[-1][1] >= usual, "and given back"
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=20), st.floats(0.01, 9.0))
+def test_credit_is_bounded_and_less_the_more_is_broken(tasks: list[tuple[int, int]], safety: float) -> None:
+    policy = Lyapunov(KNOWN, safety=safety)
+    fewer, more = Loop(policy), Loop(policy)
+    for t, (late, on_time) in enumerate(tasks):
+        for loop, broken in ((fewer, late), (more, late + on_time)):
+            loop.see(loop.observation(float(t), {}, {"p": {"late": broken, "on_time": late + on_time - broken}}))
+    low, high = more.state.credits.get("p", 0.0), fewer.state.credits.get("p", 0.0)
+    assert 0.0 <= low <= high <= controller.MOST_CREDIT
 
 
 # --- standbys that are let out ----------------------------------------------------------------------------------------------
