@@ -138,6 +138,8 @@ def _listen(host: str, port: int, before: Daemon | None) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, wanted))
+        # Whoever reads where we are before we serve waits, instead of being refused.
+        listener.listen()
     except OSError as error:
         listener.close()
         reason = os.strerror(error.errno or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -124,7 +125,8 @@ def up(scratch: Path, policy: str, options: Mapping[str, Any], workload: Mapping
         daemon.wait(LIMIT_S)
     finally:
         if daemon.poll() is None:
-            daemon.terminate()
+            # Unlike SIGTERM, which leaves what runs to a successor.
+            daemon.send_signal(signal.SIGINT)
             daemon.wait(LIMIT_S)
 
 
