@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from orchestrator.core import Decision, Node, Observation, Placement, Service, ServiceObservation, Target
+from orchestrator.core import Decision, Observation, Placement, ServiceObservation, Target
 from orchestrator.errors import Infeasible
 from orchestrator.placement import greedy
-from orchestrator.scaling.parameters import Ordered, Table
+from orchestrator.scaling.site import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,7 @@ class ManualState:
 class Manual:
     """Parameters of the policy. A policy is its configuration."""
 
-    services: tuple[Service, ...]
-    nodes: tuple[Node, ...]
-    targets: Mapping[str, Target]
-    flows: Ordered[tuple[str, str]] = frozenset()
-    latencies_s: Table[tuple[str, str], float] | None = None
-    stale_after_s: float = 5.0
+    site: Site
     hold_s: float = 5.0
     """How long a standby that was let out stays at work when it is needed no more [s]."""
     state_type: ClassVar[type[ManualState]] = ManualState
@@ -76,7 +71,7 @@ class Manual:
 
     def wanted(self, orders: Mapping[str, Target]) -> dict[str, Target]:
         """The targets in force: the operator's where there is one, else the testbed's."""
-        return {name: orders.get(name, target) for name, target in self.targets.items()}
+        return {name: orders.get(name, target) for name, target in self.site.targets.items()}
 
     def place(self, targets: Mapping[str, Target], current: Placement | None) -> Placement:
         """Nodes for these targets.
@@ -84,7 +79,8 @@ class Manual:
         Raises:
             Infeasible: they do not fit.
         """
-        return greedy.place(self.services, self.nodes, targets, flows=self.flows, latencies_s=self.latencies_s, keep=current)
+        site = self.site
+        return greedy.place(site.services, site.nodes, targets, flows=site.flows, latencies_s=site.latencies_s, keep=current)
 
     def _let_out(self, name: str, current: Placement, before: LetOut | None, observation: Observation) -> LetOut | None:
         """The service's standbys that are to be at work until the next slot; None where there are none."""
@@ -93,7 +89,7 @@ class Manual:
             return None
         known, needed = (before.nodes, before.needed) if before is not None else ({}, observation.t)
         # A service that is silent may have a queue.
-        busy = seen.signal is not None and (bool(seen.signal.queue_length) or seen.signal.age_s > self.stale_after_s)
+        busy = seen.signal is not None and (bool(seen.signal.queue_length) or seen.signal.age_s > self.site.stale_after_s)
         if seen.let_out or busy:
             needed = observation.t
         if observation.t - needed >= self.hold_s:
@@ -110,7 +106,7 @@ class Manual:
         if target.replicas >= current.target(name).replicas:
             return None
         seen = observation.services.get(name)
-        if seen is None or seen.signal is None or seen.signal.age_s <= self.stale_after_s:
+        if seen is None or seen.signal is None or seen.signal.age_s <= self.site.stale_after_s:
             return None
         return seen.signal.age_s
 

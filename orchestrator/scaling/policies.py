@@ -56,13 +56,12 @@ def make(name: str, site: Site, **options: Any) -> ScalingPolicy[Any]:
         raise ValueError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}")
     kind: Any = POLICIES[name]
     parameters = {field.name for field in dataclasses.fields(kind)}
-    own = {"site": site} if "site" in parameters else {key: getattr(site, key) for key in parameters if hasattr(site, key)}
     for key in options:
-        if key not in parameters - own.keys():
-            free = ", ".join(field.name for field in dataclasses.fields(kind) if field.name not in own) or "none"
+        if key not in parameters - {"site"}:
+            free = ", ".join(field.name for field in dataclasses.fields(kind) if field.name != "site") or "none"
             raise ValueError(f"policy {name} has no parameter {key!r}; its parameters are: {free}")
     try:
-        policy: ScalingPolicy[Any] = TypeAdapter(kind).validate_python({**own, **options})
+        policy: ScalingPolicy[Any] = TypeAdapter(kind).validate_python({"site": site, **options})
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"parameter {'.'.join(map(str, first['loc']))} of policy {name}: {first['msg']}") from None

@@ -1,4 +1,4 @@
-"""What there is to scale, and on what: the parameters that all policies but the manual one share."""
+"""What there is to scale, and on what: what every policy is told."""
 
 from __future__ import annotations
 

@@ -83,11 +83,11 @@ def test_slots_count_from_one_and_read_back_as_they_were(tmp_path: Path) -> None
 def test_a_successor_and_another_policy_write_headers_of_their_own(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path / "log", lambda: ORIGIN)
     write(tmp_path / "log", log, orders=ORDERS[:2])
-    write(tmp_path / "log", log, replace(POLICY, stale_after_s=7.0), ORDERS[:2])
+    write(tmp_path / "log", log, replace(POLICY, hold_s=7.0), ORDERS[:2])
     write(tmp_path / "log", orders=ORDERS[:1])
     assert shape(tmp_path / "log") == ["header", 1, 2, "header", 1, 2, "header", 1]
     begins = [content for _, content in decision_log.read(tmp_path / "log") if isinstance(content, Begin)]
-    assert begins[1].policy == replace(POLICY, stale_after_s=7.0)
+    assert begins[1].policy == replace(POLICY, hold_s=7.0)
 
 
 def test_a_log_that_has_grown_too_long_is_put_aside_and_the_next_file_is_whole_in_itself(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_log_decided_again_gives_the_same_decisions_and_states_bit_for_bit(log
 
 
 def test_every_slot_is_decided_by_the_header_above_it(log: Path) -> None:
-    write(log, policy=replace(POLICY, targets={"encode": Target(1), "pool": Target(1, 1)}))
+    write(log, policy=replace(POLICY, site=replace(POLICY.site, targets={"encode": Target(1), "pool": Target(1, 1)})))
     result = replay.replay(log)
     assert (result.slots, result.different) == (10, 0)
     assert [(run.line, run.slots) for run in result.runs] == [(1, 5), (7, 5)]
@@ -47,7 +47,7 @@ def test_every_slot_is_decided_by_the_header_above_it(log: Path) -> None:
 
 def test_another_policy_is_seen_to_decide_otherwise(log: Path) -> None:
     def fewer(header: dict[str, Any]) -> None:
-        header["parameters"]["targets"]["encode"]["replicas"] = 1
+        header["parameters"]["site"]["targets"]["encode"]["replicas"] = 1
 
     edit(log, 1, fewer)
     result = replay.replay(log)
@@ -86,7 +86,7 @@ def test_a_file_begun_in_the_middle_of_a_run_lacks_nothing(tmp_path: Path) -> No
 
 
 def test_a_policy_that_fails_on_a_slot_says_on_which(log: Path) -> None:
-    edit(log, 1, lambda header: header["parameters"].update(nodes=[]))
+    edit(log, 1, lambda header: header["parameters"]["site"].update(nodes=[]))
     with pytest.raises(RunFailed, match="fails on the slot of line 2: "):
         replay.replay(log)
 

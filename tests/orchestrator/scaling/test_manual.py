@@ -5,13 +5,16 @@ from dataclasses import replace
 
 from orchestrator.core import Node, Observation, Placement, Service, ServiceObservation, Signal, Target
 from orchestrator.scaling.manual import Manual, ManualState
+from orchestrator.scaling.site import Site
 
 NODES = (Node("a", 2.0, 2**30), Node("b", 2.0, 2**30))
 POLICY = Manual(
-    services=(Service("encode", "core", 0.5, 2**26), Service("pool", "light", 0.1, 2**26)),
-    nodes=NODES,
-    targets={"encode": Target(2), "pool": Target(1, 1)},
-    stale_after_s=5.0,
+    Site(
+        services=(Service("encode", "core", 0.5, 2**26), Service("pool", "light", 0.1, 2**26)),
+        nodes=NODES,
+        targets={"encode": Target(2), "pool": Target(1, 1)},
+        stale_after_s=5.0,
+    )
 )
 
 
@@ -30,7 +33,7 @@ def seen(orders: Mapping[str, Target] | None = None, age_s: float = 0.1, t: floa
 def test_the_first_slot_orders_what_the_testbed_asks_for() -> None:
     _, decision = POLICY.step(POLICY.initial(), Observation(0.0, {}))
     assert decision.desired is not None
-    assert {name: decision.desired.target(name) for name in POLICY.targets} == POLICY.targets
+    assert {name: decision.desired.target(name) for name in POLICY.site.targets} == POLICY.site.targets
     assert decision.reason == "new order: encode 2, pool 1+1"
 
 

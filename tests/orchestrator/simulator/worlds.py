@@ -9,6 +9,7 @@ from loadgen import arrivals
 from models.manifest import ServiceLaw
 from orchestrator.core import Node, Placement, Service, Target
 from orchestrator.scaling.manual import Manual
+from orchestrator.scaling.site import Site
 from orchestrator.simulator import run as simulations
 from orchestrator.simulator.laws import Gamma
 from orchestrator.simulator.run import Run
@@ -60,7 +61,7 @@ def meshed(nodes: int, latency_s: float, bytes_per_s: float) -> dict[tuple[str, 
 
 def static(where: World, targets: Mapping[str, Target]) -> Manual:
     """The policy that keeps these targets."""
-    return Manual(tuple(where.services.values()), where.nodes, targets)
+    return Manual(Site(tuple(where.services.values()), where.nodes, targets))
 
 
 def simulate(
