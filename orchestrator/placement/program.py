@@ -15,6 +15,7 @@ Elastic form: every rule may be broken at a price per unit, which gives the smal
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -506,7 +507,9 @@ class Program:
         m.set(problem, current)
         compiled = Compiled.of(m, interchangeable(problem, m.hosts, m.current.value, strains))
         shorter = replace(limits, time_s=limits.time_s * NARROW_SHARE, gap=limits.gap / 4)
-        found, cuts = _search(problem, m, compiled, shorter, strains, known, self.model.hosts)
+        # What is this close to the bound of all candidates is good enough, however far from that of these few.
+        enough = bound / (1.0 - limits.gap) if bound > 0.0 and limits.gap < 1.0 else -math.inf
+        found, cuts = _search(problem, m, compiled, shorter, strains, known, self.model.hosts, enough)
         if not isinstance(found, Solution):
             return None, cuts
         return replace(found, status="optimal", bound=bound, solve_s=found.solve_s + spent), cuts
@@ -541,10 +544,12 @@ def _search(
     strains: Mapping[str, Strain],
     known: Sequence[Cut],
     hosts: Bools,
+    enough: float = -math.inf,
 ) -> tuple[Solution | Literal["infeasible", "out of time"], list[Cut]]:
     """Solve, look at every loss, cut, and solve again; also returns the cuts, the known ones among them.
 
-    The cuts hold wherever replicas are among `hosts`, which may be more than the model considers.
+    The cuts hold wherever replicas are among `hosts`, which may be more than the model considers. What costs no more than
+    `enough` is taken without looking for better.
     """
     spent, cuts = 0.0, list(known)
     names = [node.name for node in problem.nodes]
@@ -553,7 +558,7 @@ def _search(
             break
         cut_rows = survival_cuts(m, cuts)
         task = compiled.with_cuts(m, cut_rows)
-        state = _run(task, limits.time_s - spent, limits.gap)
+        state = _run(task, limits.time_s - spent, limits.gap, enough)
         if state != "found":
             return "infeasible" if state == "infeasible" else "out of time", cuts
         spent += task.solver_stats.solve_time
@@ -599,8 +604,11 @@ def _losses(problem: Problem, x: Floats, hosts: Bools, strains: Mapping[str, Str
     return cuts, left
 
 
-def _run(task: cp.Problem, time_s: float, gap: float) -> Literal["found", "infeasible", "nothing"]:
-    options = {"output_flag": False, "time_limit": time_s, "mip_rel_gap": gap, "threads": 1, "random_seed": 0}
+def _run(task: cp.Problem, time_s: float, gap: float, enough: float = -math.inf) -> Literal["found", "infeasible", "nothing"]:
+    options = {
+        "output_flag": False, "threads": 1, "random_seed": 0,
+        "time_limit": time_s, "mip_rel_gap": gap, "objective_target": enough,
+    }  # fmt: skip
     try:
         with warnings.catch_warnings():
             # At the time limit; the status says so too.
