@@ -122,6 +122,8 @@ class Lyapunov:
     for, and drift plus penalty decides alone."""
     loosest: float = 20.0
     """Stages of pipelines that break far less than they may are given up to so many times their epsilon; 1: their own."""
+    loosen_after_s: float = 2.0
+    """Not before the rate has been the same for so long: the credit was earned under another [s]."""
     standby: bool = True
     """Whether to keep replicas on standby."""
     let_out: bool = True
@@ -180,7 +182,7 @@ class Lyapunov:
                 asked[name] = Target(max(service.floor, now.replicas or self.site.targets[name].replicas), now.standby)
             else:
                 demands[name] = self._demand(service, memory, budget, current, queues)
-                loose = self.safety * self._loosened(name, credits)
+                loose = self._loosened(name, credits) if memory.load.span_s >= self.loosen_after_s else 1.0
                 services[name], asked[name] = self._ask(service, memory, budget, demands[name], observation, loose)
         targets = autoscaler.clip(self.site, asked, current)
         short = [name for name in asked if asked[name] != targets[name]]
@@ -360,7 +362,7 @@ class Lyapunov:
             budget: its share of what the pipelines promise.
             demand: what more replicas would be worth.
             observation: of this slot.
-            loose: times its epsilon that it is given.
+            loose: times its epsilon that it is given at work; standbys are for when that was too much.
         """
         name, load, t = service.name, memory.load, observation.t
         rate, error = load.rate or 0.0, load.standard_error
@@ -382,10 +384,10 @@ class Lyapunov:
             return min(demand.most, queueing.square_root_staffing(rate * law.per_request_s / self._slots(name), self.beta))
 
         share = budget or NO_BUDGET
-        epsilon = min(1.0, loose * budget.epsilon) if budget is not None else 1.0
+        epsilon = min(1.0, self.safety * budget.epsilon) if budget is not None else 1.0
         spends = self.standby and self.let_out
         if spends:
-            seldom = min(MOST_LET_OUT, loose * self.let_out_share)
+            seldom = min(MOST_LET_OUT, loose * self.safety * self.let_out_share)
 
             def wanted(rate: float) -> int:
                 return least(rate, 0.0, seldom, letting_out.SHARE * share.even_s)
@@ -394,7 +396,7 @@ class Lyapunov:
             sd = effective_capacity.over_delay(math.sqrt(load.error_variance), self.site.slot_s, start_s)
 
             def wanted(rate: float) -> int:
-                return least(rate, sd, epsilon, share.wait_s)
+                return least(rate, sd, min(1.0, loose * epsilon), share.wait_s)
 
         level, said = wanted(rate), verdict
         level, verdict = max(level, min(memory.level, wanted(rate + 2.0 * error))), said

@@ -12,8 +12,9 @@ from services.dataplane.routing import RouteBook
 
 SHARE = 0.25
 """Of a hop's slack that a wait may take before a standby is let out."""
-PATIENT_SHARE = 1.0
-"""The same where the load has not changed for a while: there a single wait is chance, and not the beginning of a burst."""
+PATIENT_SHARE = 2.0
+"""The same where the load has not changed for a while: there a single wait is chance, and not the beginning of a burst. It may
+take what another hop will not need."""
 
 
 def is_due(wait_s: float, slack_s: float, hops: int, share: float = SHARE) -> bool:
@@ -25,9 +26,9 @@ def is_due(wait_s: float, slack_s: float, hops: int, share: float = SHARE) -> bo
         wait_s: expected wait at the best replica at work [s].
         slack_s: time until the task's deadline, less what the rest of its way needs without any wait [s].
         hops: that it still has to make, this one included; at least 1.
-        share: of a hop's slack that may be spent on waiting.
+        share: of a hop's slack that may be spent on waiting; never more than all the slack there is.
     """
-    return wait_s > 0.0 and wait_s > share * max(0.0, slack_s) / hops
+    return wait_s > 0.0 and wait_s > min(1.0, share / hops) * max(0.0, slack_s)
 
 
 def introduce(book: RouteBook, standby: str, beside: str) -> None:

@@ -14,6 +14,9 @@ def test_a_wait_beyond_a_quarter_of_a_hops_slack_is_due() -> None:
     assert is_due(0.026, slack_s=0.2, hops=2)
     assert not is_due(0.025, slack_s=0.2, hops=2)
     assert not is_due(0.026, slack_s=0.2, hops=2, share=1.0)
+    assert is_due(0.11, slack_s=0.2, hops=4, share=2.0)
+    assert not is_due(0.19, slack_s=0.2, hops=1, share=2.0)
+    assert is_due(0.21, slack_s=0.2, hops=1, share=2.0), "more than all the slack is always too much"
 
 
 def test_a_task_without_slack_lets_out_for_any_wait_but_none() -> None:
