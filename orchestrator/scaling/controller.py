@@ -122,6 +122,8 @@ class Lyapunov:
     for, and drift plus penalty decides alone."""
     loosest: float = 20.0
     """Stages of pipelines that break far less than they may are given up to so many times their epsilon; 1: their own."""
+    loosest_steady: float = 5.0
+    """The same where the rate stays the same: so near to what would do that a standby is not let out every other minute."""
     loosen_after_s: float = 2.0
     """Not before the rate has been the same for so long: the credit was earned under another [s]."""
     standby: bool = True
@@ -182,7 +184,7 @@ class Lyapunov:
                 asked[name] = Target(max(service.floor, now.replicas or self.site.targets[name].replicas), now.standby)
             else:
                 demands[name] = self._demand(service, memory, budget, current, queues)
-                loose = self._loosened(name, credits) if memory.load.span_s >= self.loosen_after_s else 1.0
+                loose = self._loosened(name, credits, memory.load.span_s)
                 services[name], asked[name] = self._ask(service, memory, budget, demands[name], observation, loose)
         targets = autoscaler.clip(self.site, asked, current)
         short = [name for name in asked if asked[name] != targets[name]]
@@ -275,10 +277,14 @@ class Lyapunov:
                 found[name] = min(MOST_CREDIT, max(0.0, found.get(name, 0.0) + (may / 2.0 - broken) / most))
         return found
 
-    def _loosened(self, service: str, credits: Mapping[str, float]) -> float:
-        """Times its epsilon that a service is given: as much as the pipeline allows that has the least to spare."""
-        spare = [credits.get(name, 0.0) for name, promise in self.site.promises.items() if promise.visits_of(service)]
-        return float(self.loosest ** min(1.0, min(spare, default=0.0)))
+    def _loosened(self, service: str, credits: Mapping[str, float], span_s: float) -> float:
+        """Times its epsilon that a service is given, its rate the same for `span_s`: as the pipeline bears that has least to spare."""
+        spare = min((credits.get(name, 0.0) for name, each in self.site.promises.items() if each.visits_of(service)), default=0.0)
+        if span_s < self.loosen_after_s or spare <= 0.0:
+            return 1.0
+        if span_s >= self.steady_s:
+            return min(self.loosest, self.loosest_steady)
+        return float(self.loosest ** min(1.0, spare))
 
     def _budgets(
         self, state: State, services: Mapping[str, Memory], current: Placement
@@ -398,9 +404,13 @@ class Lyapunov:
             def wanted(rate: float) -> int:
                 return least(rate, sd, min(1.0, loose * epsilon), share.wait_s)
 
-        level, said = wanted(rate), verdict
-        level, verdict = max(level, min(memory.level, wanted(rate + 2.0 * error))), said
         since = None if load.span_s < self.steady_s else t if memory.steady_since is None else memory.steady_since
+        # What moves while the load stays and the promise is kept is the estimates' noise; a standby let out tells of more.
+        calm = memory.steady_since is not None and since is not None and loose > 1.0
+        level = memory.level
+        if not calm:
+            level, said = wanted(rate), verdict
+            level, verdict = max(level, min(memory.level, wanted(rate + 2.0 * error))), said
         extra = memory.extra if since is not None else 0
         if since is not None and name in observation.services and any(observation.services[name].let_out.values()):
             extra += max(1, round(math.sqrt(level) / 2.0))
@@ -408,7 +418,7 @@ class Lyapunov:
         total = level
         if self.standby:
             high = estimators.rate_of(peak) if peak is not None else rate
-            total = max(least(high, 0.0, epsilon, share.wait_s), level + spends)
+            total = max(0 if calm else least(high, 0.0, epsilon, share.wait_s), level + spends)
         chosen = lyapunov.alone(replace(demand, floor=min(demand.most, max(demand.floor, level))))
         stays_s = 0.0 if since is None else t - since
         wishes, ready = _held(memory.wishes, t, chosen, max(self.hold_s, stays_s))
