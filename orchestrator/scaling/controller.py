@@ -15,9 +15,9 @@ Each slot, for every service:
    lateness avoided, weighed by the virtual queue of every pipeline's broken promises.
 5. **Loosen.** The bound adds up worst cases, and is met by far. A pipeline that has broken less than half of what it may break
    for a while gives its stages more epsilon than their shares, until it breaks that half.
-6. **Steady.** A standby that is let out while the load has not changed for a while is one too few at work: those that are
-   wanted are raised until it no longer happens; and nothing is given up as long as the load stays, so that it finds replicas
-   that stay.
+6. **Steady.** Where the load has not changed for a while and the promise is kept, what is wanted stays as it is, whatever the
+   estimates' noise; a standby that is let out all the same is one too few at work, and they are raised. Nothing is given up as
+   long as the load stays, so that it finds replicas that stay.
 7. **Hold.** What is no longer wanted is given up only after it was too much for a while; a standby after as long as it costs as
    much to keep as to start again (ski rental: no more than twice the cost of knowing the future).
 
@@ -278,8 +278,12 @@ class Lyapunov:
         return found
 
     def _loosened(self, service: str, credits: Mapping[str, float], span_s: float) -> float:
-        """Times its epsilon that a service is given, its rate the same for `span_s`: as the pipeline bears that has least to spare."""
-        spare = min((credits.get(name, 0.0) for name, each in self.site.promises.items() if each.visits_of(service)), default=0.0)
+        """Times its epsilon that a service is given whose rate has been the same for so long.
+
+        As much as the pipeline allows that has the least to spare.
+        """
+        through = [name for name, promise in self.site.promises.items() if promise.visits_of(service)]
+        spare = min((credits.get(name, 0.0) for name in through), default=0.0)
         if span_s < self.loosen_after_s or spare <= 0.0:
             return 1.0
         if span_s >= self.steady_s:
@@ -407,10 +411,9 @@ class Lyapunov:
         since = None if load.span_s < self.steady_s else t if memory.steady_since is None else memory.steady_since
         # What moves while the load stays and the promise is kept is the estimates' noise; a standby let out tells of more.
         calm = memory.steady_since is not None and since is not None and loose > 1.0
-        level = memory.level
-        if not calm:
-            level, said = wanted(rate), verdict
-            level, verdict = max(level, min(memory.level, wanted(rate + 2.0 * error))), said
+        level, said = wanted(rate), verdict
+        level = memory.level if calm else max(level, min(memory.level, wanted(rate + 2.0 * error)))
+        verdict = said
         extra = memory.extra if since is not None else 0
         if since is not None and name in observation.services and any(observation.services[name].let_out.values()):
             extra += max(1, round(math.sqrt(level) / 2.0))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -548,3 +549,31 @@ def test_an_order_goes_before_load_where_not_both_fit() -> None:
         said = {"busy": replace(POOL, arrival_rate=1000.0, queue_length=200.0)}
         loop.see(loop.observation(float(t), said, orders={"ordered": Target(6)} if t else {}))
     assert loop.placement.target("ordered") == Target(6)
+
+
+def _told(policy: Lyapunov, mean: float, outcomes: Mapping[int, Mapping[str, float]], end: int) -> list[tuple[int, int]]:
+    """Replicas of pool at work and on standby in every slot, under Poisson counts; all tasks on time but where told."""
+    loop, found, rng = Loop(policy), [], np.random.default_rng(7)
+    for t in range(end):
+        said = replace(POOL, arrival_rate=float(rng.poisson(mean)))
+        seen = {"p": outcomes.get(t, {"on_time": mean})}
+        target = _desired(loop.see(loop.observation(float(t), {"pool": said}, seen))).target("pool")
+        found.append((target.replicas, target.standby))
+    return found
+
+
+def test_estimates_that_go_on_moving_change_nothing_while_the_load_stays_and_the_promise_is_kept() -> None:
+    moved = {True: 0, False: 0}
+    for mean in range(90, 130, 5):
+        for stays in moved:
+            found = _told(HASTY if stays else replace(HASTY, steady_s=1e9), float(mean), {}, 200)[60:]
+            moved[stays] += sum(a != b for a, b in pairwise(found))
+    assert moved[True] == 0
+    assert moved[False] > 0, "the same loads do move what is asked for"
+
+
+def test_a_promise_that_is_broken_while_the_load_stays_has_everything_reckoned_anew() -> None:
+    half_late = {t: {"on_time": 80.0, "late": 20.0} for t in range(60, 80)}
+    kept, broken = _told(HASTY, 100.0, {}, 80), _told(HASTY, 100.0, half_late, 80)
+    assert broken[:60] == kept[:60]
+    assert broken[-1][0] > kept[-1][0]
