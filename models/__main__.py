@@ -24,9 +24,8 @@ from models.errors import CheckpointError, ModelsError
 from models.manifest import ManifestError
 
 if TYPE_CHECKING:
-    from models.export import Weights
-    from models.manifest import Manifest, Precision
-    from models.verify import Verdict
+    from models.manifest import Manifest, Precision, Weights
+    from models.verification.figures import Verdict
 
 OK, MISSED, BAD_USAGE, SETUP_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -67,7 +66,7 @@ def _commands() -> None:
     "--precision",
     "precisions",
     multiple=True,
-    type=click.Choice(["float32", "int8"]),
+    type=click.Choice(["float32", "float16", "int8"]),
     default=["float32"],
     show_default=True,
     help="Once per precision wanted.",
@@ -78,14 +77,12 @@ def _commands() -> None:
 @click.option(
     "--weights",
     type=click.Choice(["trained", "seeded"]),
-    default="trained",
-    show_default=True,
-    help="Say `seeded` of a checkpoint whose weights are random; files do not tell.",
+    help="Say `seeded` of a directory whose weights are random  [default: what the checkpoint says, else trained].",
 )
 @click.option("--force", is_flag=True, help="Export even where nothing has changed.")
 @_output
 def export(
-    *, source: str, out: Path, precisions: tuple[Precision, ...], opset: int, weights: Weights, force: bool, output: str
+    *, source: str, out: Path, precisions: tuple[Precision, ...], opset: int, weights: Weights | None, force: bool, output: str
 ) -> int:
     """Export SOURCE as stages with a manifest.
 
@@ -95,7 +92,7 @@ def export(
     from models import export as exporting  # noqa: PLC0415
 
     began = time.perf_counter()
-    wanted = exporting.Wanted(precisions, opset, weights, force)
+    wanted = exporting.Wanted(precisions=precisions, opset=opset, weights=weights, force=force)
     with _stderr.status(f"looking at {source}") as status:
         result = exporting.export(source, out, wanted, status.update)
     seconds = time.perf_counter() - began
@@ -110,14 +107,14 @@ def export(
 @_commands.command()
 @_directory
 @click.argument("source")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random texts.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
 @_output
 def verify(*, directory: Path, source: str, seed: int, output: str) -> int:
     """Compare the stages in DIRECTORY with the whole PyTorch model of SOURCE; exit status 1 if they differ by too much."""
-    from models import verify as verifying  # noqa: PLC0415
+    from models import verification  # noqa: PLC0415
 
     with _stderr.status(f"looking at {directory}") as status:
-        verdict = verifying.verify(directory, source, seed, status.update)
+        verdict = verification.verify(directory, source, seed, status.update)
     if verdict.reference != verdict.manifest.source:
         _stderr.print(f"note: exported from {verdict.manifest.source}, compared with {verdict.reference}", soft_wrap=True)
     _stderr.print(_verdict_table(verdict))
@@ -129,8 +126,6 @@ def verify(*, directory: Path, source: str, seed: int, output: str) -> int:
                 "source": verdict.manifest.source,
                 "reference": verdict.reference,
                 "ok": verdict.ok,
-                "texts": verdict.texts,
-                "batches": verdict.batches,
                 "seed": seed,
                 "figures": figures,
             }
@@ -179,12 +174,10 @@ def _stages_table(manifest: Manifest) -> Table:
 
 
 def _verdict_table(verdict: Verdict) -> Table:
-    table = Table(
-        "precision", "what", "worst", "mean", "tolerance", "", title=f"{verdict.texts} texts in {verdict.batches} batches"
-    )
+    table = Table("precision", "what", "compared", "worst", "mean", "tolerance", "")
     for figure in verdict.figures:
         numbers = (f"{figure.value:.3g}", f"{figure.mean:.3g}", f"{figure.tolerance:.3g}")
-        table.add_row(figure.precision, figure.what, *numbers, "ok" if figure.ok else "[red]missed")
+        table.add_row(figure.precision, figure.what, str(figure.count), *numbers, "ok" if figure.ok else "[red]missed")
     return table
 
 

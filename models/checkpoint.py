@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import CheckpointError
-from models.manifest import sha256
+from models.manifest import Weights, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
-_CHECKPOINT_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*/config.json")
+_CHECKPOINT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*/config.json")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Checkpoint:
     """Where it came from and which version, for `Manifest.source`; two checkpoints of one source have the same weights."""
     config: Mapping[str, Any]
     """Content of config.json."""
+    weights: Weights = "trained"
+    """`seeded` where the checkpoint itself says so, as those that `models.seeded` builds do."""
 
     @property
     def float32_bytes(self) -> int:
@@ -98,19 +100,24 @@ def resolve(source: str) -> Checkpoint:
     raise CheckpointError(f"{source!r} is neither a directory, nor a hub id, nor one of: {', '.join(PACKAGES)}")
 
 
-def load_model(checkpoint: Checkpoint) -> Any:
-    """The whole PyTorch model (a `PreTrainedModel`) in float32 on the CPU, without heads, set to inference.
+def load_model(checkpoint: Checkpoint, auto: str = "AutoModel") -> Any:
+    """The whole PyTorch model (a `PreTrainedModel`) in float32 on the CPU, set to inference.
 
     Typed Any, because to the type checker every part of a torch module may be a tensor as well.
+
+    Args:
+        checkpoint: What to load.
+        auto: Class of transformers that loads it: AutoModel gives it without heads, AutoModelForCausalLM and others with one.
 
     Raises:
         CheckpointError: transformers cannot read it; the message is its own.
     """
     with _transformers(checkpoint):
         import torch  # noqa: PLC0415
-        from transformers import AutoModel  # noqa: PLC0415
+        import transformers  # noqa: PLC0415
 
-        model = AutoModel.from_pretrained(checkpoint.directory, use_safetensors=True, dtype=torch.float32)
+        loader: Any = getattr(transformers, auto)
+        model = loader.from_pretrained(checkpoint.directory, use_safetensors=True, dtype=torch.float32)
         model.eval()
         return model
 

@@ -10,7 +10,7 @@ import pytest
 from models.export import Exported, Wanted, export
 from tests.models import tiny
 
-BOTH = Wanted(precisions=("float32", "int8"), weights="seeded")
+EVERY = Wanted(precisions=("float32", "float16", "int8"), weights="seeded")
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_export(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Its export in both precisions; not to be changed."""
-    return export(str(tiny_bert), tmp_path_factory.mktemp("exports") / "tiny-bert", BOTH)
+    return export(str(tiny_bert), tmp_path_factory.mktemp("exports") / "tiny-bert", EVERY)
 
 
 @pytest.fixture

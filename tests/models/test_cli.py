@@ -36,9 +36,9 @@ def test_verify_passes_and_fails_by_exit_status(
     assert main(["verify", str(exported_copy), str(tiny_bert), "-o", "json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["ok"] is True
-    assert {figure["precision"] for figure in document["figures"]} == {"float32", "int8"}
+    assert {figure["precision"] for figure in document["figures"]} == {"float32", "float16", "int8"}
     manifest = load(exported_copy)
-    save(manifest.model_copy(update={"tolerances": {"float32": 0.0, "int8": 1.0}}), exported_copy)
+    save(manifest.model_copy(update={"tolerances": {"float32": 0.0, "float16": 1.0, "int8": 1.0}}), exported_copy)
     assert main(["verify", str(exported_copy), str(tiny_bert)]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -20,7 +20,7 @@ from models.errors import CheckpointError, ExportFailed, NotEnoughSpace
 from models.export import Exported, Wanted, export, exported_precisions, needed_bytes, unchanged
 from models.manifest import MANIFEST_NAME, ManifestError, check_files, load, save
 from tests.models import tiny
-from tests.models.conftest import BOTH
+from tests.models.conftest import EVERY
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -125,33 +125,33 @@ def _other_label(_: Path) -> Wanted:
 def _other_library(out: Path) -> Wanted:
     manifest = load(out)
     save(manifest.model_copy(update={"versions": {**manifest.versions, "torch": "1.0"}}), out)
-    return BOTH
+    return EVERY
 
 
 def _truncated_file(out: Path) -> Wanted:
     path = out / "encode.int8.onnx"
     path.write_bytes(path.read_bytes()[:-1])
-    return BOTH
+    return EVERY
 
 
 def _missing_manifest(out: Path) -> Wanted:
     (out / MANIFEST_NAME).unlink()
-    return BOTH
+    return EVERY
 
 
 @pytest.mark.parametrize("change", [_other_opset, _other_label, _other_library, _truncated_file, _missing_manifest])
 def test_what_makes_an_export_stale(change: Any, tiny_bert: Path, exported_copy: Path) -> None:
     checkpoint = resolve(str(tiny_bert))
-    assert unchanged(exported_copy, checkpoint, BOTH) is not None
+    assert unchanged(exported_copy, checkpoint, EVERY) is not None
     assert unchanged(exported_copy, checkpoint, change(exported_copy)) is None
 
 
 def test_another_checkpoint_of_the_same_name_makes_it_stale(tiny_bert: Path, exported_copy: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(tiny_bert, tmp_path / "other" / tiny_bert.name))
-    assert unchanged(exported_copy, resolve(str(other)), BOTH) is not None
+    assert unchanged(exported_copy, resolve(str(other)), EVERY) is not None
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    assert unchanged(exported_copy, resolve(str(other)), BOTH) is None
+    assert unchanged(exported_copy, resolve(str(other)), EVERY) is None
 
 
 def test_int8_alone_keeps_no_float32_and_asking_for_more_takes_nothing_away(tiny_bert: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_failed_export_leaves_what_was_there(tiny_bert: Path, exported_copy: P
     weights.write_bytes(weights.read_bytes()[:100])
     before = load(exported_copy)
     with pytest.raises(CheckpointError):
-        export(str(broken), exported_copy, BOTH)
+        export(str(broken), exported_copy, EVERY)
     assert load(exported_copy) == before
     assert not list(exported_copy.glob(".partial-*"))
 
@@ -214,7 +214,7 @@ def test_two_exports_of_one_directory_take_turns(tiny_bert: Path, exported_copy:
     results: list[Exported] = []
 
     def second() -> None:
-        results.append(export(str(tiny_bert), exported_copy, BOTH, lambda text: waiting.set() if "waiting" in text else None))
+        results.append(export(str(tiny_bert), exported_copy, EVERY, lambda text: waiting.set() if "waiting" in text else None))
 
     with directory.locked(exported_copy, lambda _: None):
         thread = threading.Thread(target=second)
@@ -234,10 +234,10 @@ def test_a_full_disk_is_refused_before_anything_is_loaded(tmp_path: Path) -> Non
 
 def test_the_checkpoint_itself_is_never_written_to(tiny_bert: Path) -> None:
     with pytest.raises(ExportFailed, match="is the checkpoint itself"):
-        export(str(tiny_bert), tiny_bert, BOTH)
+        export(str(tiny_bert), tiny_bert, EVERY)
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportFailed, match="cannot be written"):
-        export(str(tiny_bert), tmp_path / "file" / "out", BOTH)
+        export(str(tiny_bert), tmp_path / "file" / "out", EVERY)

@@ -14,7 +14,7 @@ from models.export import Exported, export
 from models.manifest import ServiceLaw, describe, load, save
 from models.measure import Input, Job, Run, measure
 from models.profile import Grid, profile, undisturbed
-from tests.models.conftest import BOTH
+from tests.models.conftest import EVERY
 
 _sizes = st.lists(st.integers(1, 4096), min_size=2, max_size=15, unique=True)
 _times = st.floats(1e-5, 10)
@@ -92,7 +92,7 @@ def test_a_profile_lands_in_the_manifest_and_an_export_that_is_up_to_date_keeps_
     manifest = profile(exported_copy, SMALL)
     assert load(exported_copy) == manifest
     encode = manifest.stage("encode")
-    assert set(encode.profile) == {"float32", "int8"}
+    assert set(encode.profile) == set(EVERY.precisions)
     for found in encode.profile.values():
         # 64 is beyond the stage's largest batch, 500 beyond the model's longest text.
         assert [(point.batch, point.length) for point in found.points] == [(1, 8), (2, 8), (1, 72), (2, 72)]
@@ -101,7 +101,7 @@ def test_a_profile_lands_in_the_manifest_and_an_export_that_is_up_to_date_keeps_
         assert found.threads == 1
         assert found.cpu
     assert not any(stage.profile for stage in manifest.stages if stage.processor != "onnx")
-    again = export(str(tiny_bert), exported_copy, BOTH)
+    again = export(str(tiny_bert), exported_copy, EVERY)
     assert (again.written, again.manifest) == (False, manifest)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +13,11 @@ import pytest
 from models import manifest
 from models.checkpoint import load_tokenizer, resolve
 from models.errors import CheckpointError, StageBroken
-from models.export import Exported, Wanted, export
+from models.export import PRECISIONS, Exported, Wanted, export
 from models.manifest import Manifest, ManifestError, describe, load, save
-from models.verify import Figure, Verdict, batches, verify
+from models.verification import verify
+from models.verification.figures import Figure, Verdict
+from models.verification.texts import batches
 from tests.models import tiny
 
 
@@ -89,20 +90,21 @@ def _spoil_tokenizer(directory: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": truncation}))
 
 
-EVERY = {("float32", "embedding"), ("int8", "embedding")}
+EVERY = {(precision, "embedding") for precision in PRECISIONS}
+TOKENS = {(precision, "batches whose tokens differ") for precision in PRECISIONS}
 
 
 @pytest.mark.parametrize(
     ("spoil", "parameters", "missed"),
     [
         (_spoil_weights, {}, {("float32", "embedding"), ("float32", "hidden states")}),
-        (_spoil_tokenizer, {}, {*EVERY, ("float32", "batches whose tokens differ"), ("int8", "batches whose tokens differ")}),
+        (_spoil_tokenizer, {}, EVERY | TOKENS),
         (lambda _: None, {"pool": {"mode": "cls"}}, EVERY),
         (lambda _: None, {"pool": {"normalise": False}}, {("float32", "embedding")}),
         (
             lambda _: None,
             {"tokenise": {"pad_id": 7}},
-            {("float32", "batches whose tokens differ"), ("int8", "batches whose tokens differ")},
+            TOKENS,
         ),
     ],
     ids=["weights", "tokenizer", "pooling mode", "normalisation", "padding"],
@@ -149,16 +151,16 @@ def test_a_model_of_another_width_is_refused(tiny_export: Exported) -> None:
     ("value", "ok"), [(0.0, True), (1e-4, True), (1.1e-4, False), (float("nan"), False), (float("inf"), False)]
 )
 def test_a_figure_is_ok_only_within_its_tolerance(value: float, ok: bool) -> None:
-    assert Figure("float32", "embedding", value, 0.0, 1e-4).ok is ok
+    assert Figure("float32", "embedding", value, 0.0, 1e-4, 1).ok is ok
 
 
 def test_texts_are_odd_mixed_seeded_and_within_the_limit(tiny_bert: Path) -> None:
     tokenizer = load_tokenizer(resolve(str(tiny_bert)))
-    texts = batches(tokenizer, 40, random.Random(0))
+    texts = batches(tokenizer, 40, np.random.default_rng(0))
     lengths = [[len(tokenizer(text)["input_ids"]) for text in batch] for batch in texts]
     assert max(max(batch) for batch in lengths) == 40
     assert min(min(batch) for batch in lengths) == 2  # the empty text: two special tokens
     assert any(len(set(batch)) > 5 for batch in lengths)
     assert any("\u05dc" in text for batch in texts for text in batch)  # right to left
-    assert texts == batches(tokenizer, 40, random.Random(0))
-    assert texts != batches(tokenizer, 40, random.Random(1))
+    assert texts == batches(tokenizer, 40, np.random.default_rng(0))
+    assert texts != batches(tokenizer, 40, np.random.default_rng(1))
