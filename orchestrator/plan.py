@@ -39,6 +39,7 @@ class Plan:
 
     loaded: Loaded
     manifests: Mapping[str, Manifest]
+    """With a stage more for every fused service (`wiring.with_fused`)."""
     wiring: Wiring
     placed: core.Counts = field(default_factory=dict)
     """Where core replicas go (`survey.settled`); without an entry, as many as the file says go where there is room."""
@@ -137,7 +138,7 @@ def make(loaded: Loaded, models_dir: Path) -> Plan:
     wired = wiring.wire(loaded.testbed, found)
     if wired.problems:
         raise loaded.complain(wired.problems)
-    plan = Plan(loaded, found, wired)
+    plan = Plan(loaded, wired.manifests, wired)
     plan.policy()
     return plan
 
@@ -153,9 +154,12 @@ def between(old: Plan, new: Plan) -> Plan:
         update={part: {**getattr(old.testbed, part), **getattr(new.testbed, part)} for part in ("nodes", "models", "services")}
         | {"pipelines": old.testbed.pipelines}
     )
+    manifests, problems = wiring.with_fused(testbed, {**old.manifests, **new.manifests})
+    if problems:
+        raise new.loaded.complain(problems)
     return Plan(
         replace(new.loaded, testbed=testbed),
-        {**old.manifests, **new.manifests},
+        manifests,
         Wiring(old.wiring.pipelines, {**old.wiring.tiers, **new.wiring.tiers}, ()),
         {**old.placed, **new.placed},
     )
