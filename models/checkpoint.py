@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a name from the catalogue, a directory, or a hub id, in that order.
+"""Where a checkpoint comes from: a name of the catalogue, a directory, or a hub id, in that order.
 
 Whatever the source, the rest of this folder sees a local directory as `save_pretrained` writes it, so loading never touches
 the network and never unpickles: weights are read from safetensors or not at all. Importing this module is quick; torch and
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models import seeded
 from models.errors import CheckpointError
 from models.manifest import Weights, sha256
 
@@ -83,13 +84,16 @@ def resolve(source: str) -> Checkpoint:
     """Find the checkpoint a user named.
 
     Args:
-        source: A name in PACKAGES, a directory, or a hub id (`organisation/name`).
+        source: A name of the catalogue, a directory, or a hub id (`organisation/name`).
 
     Raises:
         CheckpointError: nothing of that name, or no weights in safetensors there.
     """
     if source in PACKAGES:
         return _from_package(source, PACKAGES[source])
+    if source in seeded.CATALOGUE:
+        directory = seeded.checkpoint_directory(source).resolve()
+        return _read(directory, source, f"{source}@{_fingerprint(directory)[:12]}")
     directory = Path(source).expanduser()
     if directory.is_dir():
         directory = directory.resolve()
@@ -97,7 +101,12 @@ def resolve(source: str) -> Checkpoint:
         return _read(directory, model_name(name), f"{name}@{_fingerprint(directory)[:12]}")
     if _HUB_ID.match(source):
         return _from_hub(source)
-    raise CheckpointError(f"{source!r} is neither a directory, nor a hub id, nor one of: {', '.join(PACKAGES)}")
+    raise CheckpointError(f"{source!r} is neither a directory, nor a hub id, nor one of: {', '.join(catalogue())}")
+
+
+def catalogue() -> tuple[str, ...]:
+    """Names that need neither a network nor a directory: those that a package carries, and those built with seeded weights."""
+    return (*PACKAGES, *seeded.CATALOGUE)
 
 
 def load_model(checkpoint: Checkpoint, auto: str = "AutoModel") -> Any:
@@ -137,6 +146,18 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
         return tokenizer
 
 
+def load_preprocessor(checkpoint: Checkpoint, name: str) -> Any:
+    """What makes a model's input of something other than text, by its class in transformers (`WhisperFeatureExtractor`, say).
+
+    Raises:
+        CheckpointError: the checkpoint has no preprocessor_config.json, or none of that class.
+    """
+    with _transformers(checkpoint):
+        import transformers  # noqa: PLC0415
+
+        return getattr(transformers, name).from_pretrained(checkpoint.directory)
+
+
 def model_name(text: str) -> str:
     """The text as a name the manifest accepts: lower case, letters first, at most 63 characters."""
     slug = re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-")
@@ -164,7 +185,7 @@ def _from_hub(hub_id: str) -> Checkpoint:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"{hub_id!r} is no directory here, and the hub did not give it: {lines[0]} Where there is no network, "
-            f"name a directory written by save_pretrained, or one of: {', '.join(PACKAGES)}"
+            f"name a directory written by save_pretrained, or one of: {', '.join(catalogue())}"
         ) from error
     directory = Path(path)
     return _read(directory, model_name(hub_id.rsplit("/", 1)[-1]), f"{hub_id}@{directory.name[:12]}")
@@ -177,7 +198,8 @@ def _read(directory: Path, name: str, source: str) -> Checkpoint:
         raise CheckpointError(f"{source}: no config.json; a checkpoint is a directory as save_pretrained writes it")
     if checkpoint.float32_bytes == 0:
         raise CheckpointError(f"{source}: no *.safetensors; save it again with save_pretrained (pickled weights are not read)")
-    return Checkpoint(directory, name, source, config)
+    weights: Weights = "seeded" if (directory / seeded.MARK).is_file() else "trained"
+    return Checkpoint(directory, name, source, config, weights)
 
 
 def _fingerprint(directory: Path) -> str:
