@@ -11,9 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from models import seeded
 from models.errors import CheckpointError
+from models.hugging_face import quiet
 from models.manifest import Weights, sha256
 
 if TYPE_CHECKING:
@@ -211,16 +210,9 @@ def _fingerprint(directory: Path) -> str:
 
 @contextmanager
 def _transformers(checkpoint: Checkpoint) -> Iterator[None]:
-    """The one door to transformers: offline, quiet, and its errors translated."""
-    # Read once, when huggingface_hub is first imported. The files are local by now: a look-up could only be slow or fail.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside transformers and torch are not ours to mend
+    """Use transformers, its errors translated."""
+    with quiet():
         try:
-            from transformers.utils import logging  # noqa: PLC0415
-
-            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-            logging.set_verbosity_error()  # type: ignore[no-untyped-call]
             yield
         except CheckpointError:
             raise

@@ -115,6 +115,7 @@ def write_int8(float32: Path, path: Path) -> tuple[Path, ...]:
                 weight_type=QuantType.QInt8,
                 # Left to choose, the quantiser rewrites the standard Attention into its own QAttention: an invalid model.
                 op_types_to_quantize=["MatMul"],
+                use_external_data_format=True,  # weights in a file of their own are mapped, not copied
             )
         except Exception as error:  # as above: whatever onnx and onnxruntime raise
             raise ExportFailed(f"{float32.name}: cannot be quantised: {error}") from error
@@ -146,7 +147,10 @@ def _symbolic(graph: Graph) -> tuple[Any, ...]:
 
 def _files(path: Path) -> tuple[Path, ...]:
     data = path.with_name(path.name + ".data")
-    return (path, data) if data.exists() else (path,)
+    if not data.exists():
+        return (path,)
+    data.chmod(path.stat().st_mode)  # onnx makes it readable to its maker alone, and a stage's container runs as somebody else
+    return path, data
 
 
 @contextlib.contextmanager
