@@ -22,7 +22,7 @@ from services.dataplane.wire import Limits
 from services.forward import Forwarder
 from services.hotpath import Endpoint, Front
 from services.stage.metrics import StageMetrics
-from services.stage.processors import Processor
+from services.stage.processors import Exemplary, Processor
 from services.stage.service import VERSION, Identity, StageService
 from services.stage.warm import warm_up
 from services.stage.worker import ALONE_S, Worker
@@ -58,7 +58,7 @@ class Replica:
         self._slots = max(1, int(cpus))
         self._queue_capacity = queue_capacity
         self._max_batch = spec.max_batch if max_batch is None else min(max_batch, spec.max_batch)
-        self._alone_s = alone_s
+        self._alone_s = 0.0 if isinstance(processor, Exemplary) else alone_s
         self._limits = limits or Limits()
         self._service: StageService | None = None
 

@@ -21,7 +21,7 @@ def test_every_entry_has_an_opener(name: str) -> None:
 
 def test_an_unknown_processor_lists_those_there_are() -> None:
     spec = StageSpec(name="s", tier="light", processor="divine", inputs=(X,), outputs=(X,))
-    with pytest.raises(ManifestError, match=r"'s' wants processor 'divine'; this version has classify, echo, onnx, pool"):
+    with pytest.raises(ManifestError, match=r"'s' wants processor 'divine'; this version has chat, classify, .*, tokenise"):
         open_processor(spec, (), 1)
 
 
