@@ -24,7 +24,7 @@ from models.manifest import load as load_manifest
 from orchestrator import bench as benches
 from orchestrator import bundle as bundles
 from orchestrator import client as clients
-from orchestrator import display, facts, lifecycle
+from orchestrator import display, facts, lifecycle, units
 from orchestrator import replay as replays
 from orchestrator import testbed as testbeds
 from orchestrator.errors import EspalierError, TestbedInvalid
@@ -398,10 +398,22 @@ def info(output: str) -> None:
 # --- placement ------------------------------------------------------------------------------------------------------------
 
 
+class _Duration(click.ParamType[float]):
+    """A duration with its unit, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return units.duration_s(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 @main.command()
 @_testbed_file
 @_models_dir
-@click.option("--explain", "explained", is_flag=True, help="Say why, what is tight, and what the loss of each node leaves.")
+@click.option("--explain", "explained", is_flag=True, help="Say why, what is tight, what each loss leaves and each cut costs.")
 @click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan as JSON.")
 @click.option(
     "--keep",
@@ -413,6 +425,9 @@ def info(output: str) -> None:
 @click.option("--kappa", type=click.IntRange(min=1), help="Least number of nodes of each core service [default: 2].")
 @click.option(
     "--time-limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Of the solver [s]."
+)
+@click.option(
+    "--hop", type=_Duration(), help="Time of a hop beside links, waits and work, for the cost of every cut  [default: 1ms]."
 )
 @click.option("--check-losses", is_flag=True, help="Simulate the loss of every node; ask for more where it leaves too little.")
 @click.option(
@@ -432,6 +447,7 @@ def plan(
     gamma: float | None,
     kappa: int | None,
     time_limit: float,
+    hop: float | None,
     check_losses: bool,
     drawn: Path | None,
     output: str,
@@ -439,7 +455,7 @@ def plan(
     """Where the services of a testbed should run, by the integer program; exit 2 where nothing keeps every rule."""
     from orchestrator import planning  # noqa: PLC0415  the solver takes a second and more to import
 
-    asked = planning.Asked(demands, gamma, kappa, time_limit, keep, check_losses)
+    asked = planning.Asked(demands, gamma, kappa, time_limit, keep, hop, check_losses)
     found = planning.plan(testbeds.load(testbed), models_dir, asked)
     told = json.dumps(planning.document(found), indent=2)
     if save is not None:

@@ -7,7 +7,7 @@ to the members that take them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,22 @@ from models.manifest import Manifest, ManifestError, Precision, StageSpec, check
 from services.dataplane import fusing
 from services.dataplane.fusing import CannotFuse
 from services.dataplane.wire import Array
-from services.stage.processors import Processor, open_processor
+from services.stage.processors import Exemplary, Processor, open_processor
 
 
 class Fused:
     """The members in order. Inline only if all of them are; each that is meant to be stays one at a time."""
+
+    example: Callable[[int], dict[str, Array]]
+    """There only where a member is `Exemplary`, and so is the whole."""
 
     def __init__(self, members: Sequence[tuple[StageSpec, Processor]]) -> None:
         self._members = members
         self.inline = all(processor.inline for _, processor in members)
         # An inline processor was written for one thread, and here the worker may have several.
         self._turns = [threading.Lock() if processor.inline else nullcontext() for _, processor in members]
+        if any(isinstance(processor, Exemplary) for _, processor in members):
+            self.example = self._examples
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """All that the members make, each from the nearest earlier member's outputs and from `inputs`."""
@@ -37,6 +42,15 @@ class Fused:
             with turn:
                 made |= processor.run(taken)
         return made
+
+    def _examples(self, items: int) -> dict[str, Array]:
+        """Those of the members' made up inputs that come from outside."""
+        found: dict[str, Array] = {}
+        wires = fusing.wires([spec for spec, _ in self._members])
+        for (_, processor), sources in zip(self._members, wires, strict=True):
+            if isinstance(processor, Exemplary):
+                found |= {name: array for name, array in processor.example(items).items() if sources.get(name) is None}
+        return found
 
     def describe(self) -> dict[str, Any]:
         """What each member says of itself."""

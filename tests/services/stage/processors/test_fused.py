@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from services.dataplane.routes import Replica as ReplicaRoute
 from services.dataplane.routes import Routes, Service
 from services.dataplane.wire import Array
 from services.stage.app import Replica
-from services.stage.processors import Processor, fused, open_processor
+from services.stage.processors import Exemplary, Processor, fused, open_processor
 from services.stage.service import Identity
 from services.transport import Transport
 from tests.services import harness
@@ -76,6 +77,36 @@ def test_one_stage_is_opened_as_it_is(model: Manifest, minilm: Path) -> None:
 def test_stages_that_are_no_chain_are_refused_with_the_model_named(model: Manifest, minilm: Path) -> None:
     with pytest.raises(ManifestError, match="model 'minilm': tokenise, pool cannot be fused: stage 'pool' takes"):
         fused.open_stages(model, ("tokenise", "pool"), "float32", minilm, 1)
+
+
+class Drawn:
+    """A member whose input cannot be made up by others."""
+
+    inline = False
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {"embedding": inputs["image"]}
+
+    def example(self, items: int) -> dict[str, Array]:
+        return {"image": np.full(items, 7.0)}
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+def test_what_a_member_makes_up_for_the_warm_up_is_the_whole_stages_if_it_comes_from_outside(model: Manifest) -> None:
+    classify = model.stage("classify")
+    image = classify.inputs[0].model_copy(update={"name": "image"})
+    drawn = model.stage("pool").model_copy(update={"inputs": (image,)})
+    first = fused.Fused([(drawn, Drawn()), (classify, open_processor(classify, (), 1))])
+    assert isinstance(first, Exemplary)
+    assert list(first.example(2)) == ["image"]
+    pool = model.stage("pool")
+    later = fused.Fused([(pool.model_copy(update={"outputs": (image,)}), open_processor(pool, (), 1)), (drawn, Drawn())])
+    assert isinstance(later, Exemplary)
+    assert not later.example(2), "the image is made inside"
+    plain = fused.Fused([(classify, open_processor(classify, (), 1))])
+    assert not isinstance(plain, Exemplary)
 
 
 async def ask(gateway: str, pipeline: str) -> dict[str, Any]:
