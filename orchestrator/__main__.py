@@ -149,9 +149,13 @@ def _check_models(loaded: testbeds.Loaded, models_dir: Path) -> list[str]:
 def export(testbed: Path, models_dir: Path, force: bool) -> None:
     """Export the testbed's models as stages."""
     for name, model in testbeds.load(testbed).testbed.models.items():
-        precisions = [word for precision in model.precisions for word in ("--precision", precision)]
-        extra = ["--force"] if force else []
-        _models("export", model.source, "--out", str(models_dir / name), *precisions, *extra)
+        _models("export", *export_words(model, models_dir / name), *(["--force"] if force else []))
+
+
+def export_words(model: testbeds.ModelSection, out: Path) -> list[str]:
+    """A model of a testbed, as the command of the models folder takes it."""
+    precisions = [word for precision in model.precisions for word in ("--precision", precision)]
+    return [model.source, "--out", str(out), *precisions, *(["--cut", str(model.cut)] if model.cut > 1 else [])]
 
 
 @main.command()
@@ -385,10 +389,11 @@ def bench(
 
 
 @main.command()
+@_models_dir
 @_output
-def info(output: str) -> None:
-    """Versions, processors, execution providers and running testbeds."""
-    found = facts.gather(STATES)
+def info(models_dir: Path, output: str) -> None:
+    """Versions, processors, execution providers, models with trained or seeded weights, and running testbeds."""
+    found = facts.gather(STATES, models_dir)
     if output == "json":
         click.echo(json.dumps(found, indent=2))
     else:

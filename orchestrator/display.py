@@ -74,10 +74,14 @@ def pairs(rows: Mapping[str, object]) -> Table:
 
 def _plain(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {each}" for name, each in value.items()) or "none"
+        return ", ".join(f"{name} {_inside(each)}" for name, each in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     return str(value)
+
+
+def _inside(value: object) -> str:
+    return f"({_plain(value)})" if isinstance(value, Mapping) else str(value)
 
 
 def costs(report: Mapping[str, Any], kinds: Mapping[str, float]) -> Table:
