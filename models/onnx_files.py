@@ -81,9 +81,14 @@ def write_float16(float32: Path, path: Path) -> tuple[Path, ...]:
     with _quiet():
         try:
             whole = onnx.load(float32)
+            # The converter has to know every tensor's type; left to infer them itself, it fails where weights pass 2 GiB.
+            typed = onnx.shape_inference.infer_shapes(onnx.load(float32, load_external_data=False))
+            del whole.graph.value_info[:]
+            whole.graph.value_info.extend(typed.graph.value_info)
             model = convert_float_to_float16(
                 whole, keep_io_types=True, disable_shape_infer=True, node_block_list=_angles(whole.graph.node)
             )
+            _keep_exact(model.graph.node)
             data = path.name + ".data"
             onnx.save(model, path, save_as_external_data=True, location=data, size_threshold=_EXTERNAL_BYTES)
         except Exception as error:  # as above: whatever onnx and onnxruntime raise
@@ -133,6 +138,17 @@ def _angles(nodes: Sequence[Any]) -> list[str]:
             found[node.name] = None
             waiting += [makers[name] for name in node.input if name in makers]
     return list(found)
+
+
+def _keep_exact(nodes: Sequence[Any]) -> None:
+    """Pass tensors between float32 nodes as they are; the converter makes them half on the way, and float32 again."""
+    makers = {name: node for node in nodes for name in node.output}
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            back = makers.get(name)
+            down = makers.get(back.input[0]) if back is not None and back.name.endswith("_cast_to_fp32_node") else None
+            if down is not None and down.name.endswith("_cast_to_fp16_node"):
+                node.input[i] = down.input[0]
 
 
 def _symbolic(graph: Graph) -> tuple[Any, ...]:
