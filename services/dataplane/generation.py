@@ -18,8 +18,6 @@ from services.dataplane.service_time import ServiceEstimate
 
 WINDOW = 64
 """Answers looked back on for how many tokens they take."""
-STALL = 10.0
-"""Times the longest gap between tokens after which a stream is given up: nobody reads on in a text that has stopped."""
 
 
 class Asks(Protocol):
@@ -132,11 +130,3 @@ def _bearable(
         if in_time and now + prefill_s + member.steps * after_s > member.due:
             return False
     return True
-
-
-def stall_s(token_deadline_s: float | None, deadline_s: float) -> float:
-    """Longest wait for a stream's next token [s], after which it ends with an error.
-
-    Ten times the longest gap that is on time, or where none is named, as long as its first token might have taken.
-    """
-    return STALL * token_deadline_s if token_deadline_s is not None else deadline_s

@@ -25,7 +25,7 @@ unread."""
 TOTAL_HEADER = "x-espalier-total"
 """Header of a stage's answer with the time it took from the request's arrival [s]."""
 MAX_HOPS = 32
-REPORTED_TIMES = ("wait_s", "queue_s", "compute_s", "transfer_s", "total_s", "call_s")
+REPORTED_TIMES = ("wait_s", "queue_s", "compute_s", "first_s", "transfer_s", "total_s", "call_s")
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,8 @@ def build(gateway: Gateway) -> Front:
             "outputs": [oip.tensor_metadata(tensor) for tensor in plan.outputs.values()],
             "parameters": {
                 "deadline_s": plan.pipeline.deadline_s,
+                "token_deadline_s": plan.pipeline.token_deadline_s,
+                "weights": plan.weights,
                 "epsilon": plan.pipeline.epsilon,
                 "steps": [{"id": step.id, "service": step.service} for step in plan.pipeline.steps],
             },

@@ -21,8 +21,11 @@ from services.dataplane.service_time import ServiceEstimate
 from services.dataplane.wire import Limits
 from services.forward import Forwarder
 from services.hotpath import Endpoint, Front
+from services.stage import generation
+from services.stage.generation import GenerationWorker
 from services.stage.metrics import StageMetrics
 from services.stage.processors import Exemplary, Processor
+from services.stage.processors.generate import Generate
 from services.stage.service import VERSION, Identity, StageService
 from services.stage.warm import warm_up
 from services.stage.worker import ALONE_S, Worker
@@ -66,17 +69,7 @@ class Replica:
     async def running(self) -> AsyncIterator[StageService]:
         """Warm up, start the worker and open the connections; undo it in reverse on the way out."""
         # Nobody is served yet, so nobody minds that this holds the event loop.
-        law = warm_up(self.spec, self._processor, self.model.typical_length)
-        worker = Worker(
-            self.spec,
-            self._processor,
-            ServiceEstimate(law),
-            self.metrics,
-            slots=self._slots,
-            capacity=self._queue_capacity,
-            max_batch=self._max_batch,
-            alone_s=self._alone_s,
-        )
+        worker = self._worker()
         async with Transport() as transport:
             forwarder = Forwarder(transport, RouteBook(), RetryBudget())
             in_flight = self._queue_capacity * IN_FLIGHT_PER_PLACE
@@ -94,6 +87,24 @@ class Replica:
             finally:
                 self._service = None
                 await worker.stop()
+
+    def _worker(self) -> Worker | GenerationWorker:
+        length = self.model.typical_length
+        if isinstance(self._processor, Generate):
+            pace = generation.warm_up(self._processor, length, self._max_batch)
+            return GenerationWorker(
+                self._processor, pace, self.metrics, capacity=self._queue_capacity, max_batch=self._max_batch
+            )
+        return Worker(
+            self.spec,
+            self._processor,
+            ServiceEstimate(warm_up(self.spec, self._processor, length)),
+            self.metrics,
+            slots=self._slots,
+            capacity=self._queue_capacity,
+            max_batch=self._max_batch,
+            alone_s=self._alone_s,
+        )
 
     @property
     def ready(self) -> bool:

@@ -1,12 +1,12 @@
-"""A streamed answer on the wire between our processes: frames, each a whole answer as far as it has come.
+"""A streamed answer between our processes: its pace, and its frames, each a whole answer as far as it has come.
 
     stream  =  frame ... frame end            on one HTTP answer, Transfer-Encoding: chunked, media type below
     frame   =  kind (1 byte) | header length (uint32) | length (uint32) | payload            little-endian
 
 `answer`: an Open Inference Protocol answer, all that the pipeline has made so far; the next one replaces it. `error`: the JSON
-error object; nothing follows. `end`: a JSON object with what the generating hop measured; nothing follows. Each answer holds
-all tokens so far, not only the new ones: so stages behind the generating one need no memory of a stream, and whoever is slow
-may skip frames.
+error object and its status; nothing follows. `end`: a JSON object with what the generating hop measured; nothing follows. Each
+answer holds all tokens so far, not only the new ones: so stages behind the generating one need no memory of a stream, and
+whoever is slow may skip frames.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from typing import Any, Literal
 
 import orjson
 
+from services.dataplane import errors
+from services.dataplane.errors import BadRequest, TaskError
+
 MEDIA_TYPE = "application/vnd.espalier.stream"
 PARAMETER = "stream"
-"""Request parameter between our processes (true): answer in frames."""
-TOKEN_PARAMETER = "token_timeout"
-"""Request parameter beside it: longest time between two tokens that is on time [µs]."""
+"""Parameter of a request with an itinerary: answer in frames, at this pace."""
+STALL = 10.0
+"""Times the longest gap between tokens after which a stream is given up: nobody reads on in a text that has stopped."""
 FRAME_BYTES = 16 << 20
 """Longest payload of a frame."""
 
@@ -30,6 +33,43 @@ Kind = Literal["answer", "error", "end"]
 _KINDS: tuple[Kind, ...] = ("answer", "error", "end")
 _HEAD = struct.Struct("<BII")
 _NO_HEADER = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a stream must come after its first token, which has the deadline. Times in seconds."""
+
+    token_s: float | None
+    """Longest time between two tokens that is on time; None where nobody minds."""
+    stall_s: float
+    """Longest wait for more, after which the stream ends with an error."""
+
+    @classmethod
+    def of(cls, token_deadline_s: float | None, deadline_s: float) -> Pace:
+        """The pace of a pipeline.
+
+        A stream is given up after ten times the longest gap that is on time, or where none is named, after as long as its
+        first token might have taken.
+        """
+        return cls(token_deadline_s, deadline_s if token_deadline_s is None else STALL * token_deadline_s)
+
+    def to_parameter(self) -> dict[str, int | None]:
+        """As the next hop reads it [µs]."""
+        return {"token": None if self.token_s is None else int(self.token_s * 1e6), "stall": int(self.stall_s * 1e6)}
+
+    @classmethod
+    def from_parameter(cls, value: Any) -> Pace | None:
+        """What `to_parameter` wrote; None where the request asks for no stream.
+
+        Raises:
+            BadRequest: it is something else.
+        """
+        if value is None:
+            return None
+        token, stall = (value.get("token"), value.get("stall")) if isinstance(value, dict) else (None, None)
+        if type(stall) is not int or stall <= 0 or not (token is None or (type(token) is int and token > 0)):
+            raise BadRequest(f"parameters.{PARAMETER} is malformed; only a gateway makes one, leave it out")
+        return cls(None if token is None else token * 1e-6, stall * 1e-6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +99,20 @@ def answer(payload: bytes, header_length: int | None) -> bytes:
     return _encode("answer", payload, header_length)
 
 
-def error(body: Mapping[str, Any]) -> bytes:
-    """The frame that ends a stream that failed; `body` is `TaskError.body()`."""
-    return _encode("error", orjson.dumps(body), None)
+def error(failure: TaskError) -> bytes:
+    """The frame that ends a stream that failed: the error object, with the status it would have had."""
+    return _encode("error", orjson.dumps({"status": failure.status, **failure.body()}), None)
+
+
+def failure(frame: Frame, stage: str) -> TaskError:
+    """The error that a frame tells of; `stage` is who told it.
+
+    Raises:
+        ValueError: it is no error object.
+    """
+    body = frame.document()
+    status = body.get("status")
+    return errors.from_answer(status if isinstance(status, int) else 502, body, stage=stage)
 
 
 def end(report: Mapping[str, Any]) -> bytes:
