@@ -1,28 +1,23 @@
 """Token ids to text with the checkpoint's own tokenizer.
 
 Special tokens (the end of a text, say) and a speech model's timestamps are left out, as transformers leaves them out under
-`skip_special_tokens`. A stream asks again and again with one token more: nothing that was text is rewritten later, but an
-unfinished character shows as U+FFFD until its last byte has come. transformers' `clean_up_tokenization_spaces` would rewrite;
-it skips the byte-pair vocabularies that decoders have, and is not done here.
+`skip_special_tokens`. A stream asks again and again with more tokens: the text then only grows, but for a run of U+FFFD at its
+end, which stands for characters whose last byte is still to come. transformers' `clean_up_tokenization_spaces` would rewrite
+text; it skips the byte-pair vocabularies that decoders have, and is not done here.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.manifest import ManifestError, StageSpec
+from models.manifest import StageSpec
 from services.dataplane.errors import BadRequest
 from services.dataplane.wire import Array
-
-# One task's texts are few and short; see `services.stage.processors.tokenise`.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-from tokenizers import Tokenizer
+from services.stage.processors.tokenise import open_tokenizer
 
 _LARGEST_ID = 2**32 - 1
 
@@ -59,6 +54,4 @@ class Detokenise:
 def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Detokenise:
     """Open tokenizer.json; parameter `timestamp_begin`: ids from there on are left out. See `services.stage.processors`."""
     del threads
-    if not files:
-        raise ManifestError(f"stage {spec.name!r} needs its tokenizer.json; export the model again (espalier export)")
-    return Detokenise(Tokenizer.from_file(str(files[0])), spec.parameters.get("timestamp_begin"))
+    return Detokenise(open_tokenizer(spec, files), spec.parameters.get("timestamp_begin"))

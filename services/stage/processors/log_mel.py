@@ -164,7 +164,10 @@ def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Lo
     given = spec.parameters
     rate_hz, n_fft = int(given["sample_rate"]), int(given["n_fft"])
     window = Window(rate_hz, round(given["seconds"] * rate_hz), n_fft, int(given["hop"]))
-    filters = np.load(files[0], allow_pickle=False)
+    try:
+        filters = np.load(files[0], allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise ManifestError(f"{files[0].name}: no mel filters ({error}); export the model again") from None
     expected = (n_fft // 2 + 1, int(given["mels"]))
     if filters.shape != expected:
         raise ManifestError(f"{files[0].name} has shape {filters.shape}, not {expected}; export the model again")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -127,9 +128,7 @@ def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Pr
         raise ManifestError(f"stage {spec.name!r}: selection {select!r} is not one of {', '.join(SELECTIONS)}")
     arrays = load_arrays(spec, files)
     dense = dense_of(spec, arrays, given.get("activation"))
-    norm = None
-    if "ln_weight" in arrays:
-        norm = LayerNorm(arrays["ln_weight"], arrays["ln_bias"], float(given["layer_norm_eps"]))
+    norm = _norm_of(spec, arrays)
     states, embedding = spec.inputs[0], spec.outputs[0]
     if (states.shape[-1], embedding.shape[-1]) != dense.widths:
         raise ManifestError(
@@ -148,6 +147,16 @@ def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Pr
     )
 
 
+def _norm_of(spec: StageSpec, arrays: Mapping[str, Array]) -> LayerNorm | None:
+    weight, bias = arrays.get("ln_weight"), arrays.get("ln_bias")
+    if weight is None and bias is None:
+        return None
+    width = spec.inputs[0].shape[-1:]
+    if weight is None or bias is None or weight.shape != width or bias.shape != width:
+        raise ManifestError(f"stage {spec.name!r}: ln_weight and ln_bias do not make a norm of {width}; export the model again")
+    return LayerNorm(weight, bias, float(spec.parameters["layer_norm_eps"]))
+
+
 # --- shared with `label` --------------------------------------------------------------------------------------------------
 
 
@@ -156,9 +165,9 @@ def load_arrays(spec: StageSpec, files: tuple[Path, ...]) -> dict[str, Array]:
     if not files:
         raise ManifestError(f"stage {spec.name!r} needs its weights; export the model again (espalier export)")
     try:
-        with np.load(files[0], allow_pickle=False) as archive:
+        with files[0].open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: np.ascontiguousarray(archive[name], np.float32) for name in archive.files}
-    except (ValueError, OSError, AttributeError, TypeError) as error:
+    except (ValueError, OSError, BadZipFile) as error:
         raise ManifestError(f"{files[0].name}: no weights ({error}); export the model again (espalier export)") from None
 
 

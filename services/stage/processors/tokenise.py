@@ -98,15 +98,23 @@ class Tokenise:
             raise BadRequest(f"text {index} is not UTF-8") from None
 
 
+def open_tokenizer(spec: StageSpec, files: tuple[Path, ...]) -> Any:
+    """The tokenizer of a stage's tokenizer.json; raises ManifestError where there is none or it cannot be read."""
+    if not files:
+        raise ManifestError(f"stage {spec.name!r} needs its tokenizer.json; export the model again (espalier export)")
+    try:
+        return Tokenizer.from_file(str(files[0]))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ManifestError(f"{files[0].name}: no tokenizer ({error}); export the model again (espalier export)") from None
+
+
 def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Tokenise:
     """Open tokenizer.json; see `services.stage.processors`.
 
     Parameters: `max_tokens`, `pad_id`, `truncate`, and where texts may name an image `image_token` {id, count}.
     """
     del threads
-    if not files:
-        raise ManifestError(f"stage {spec.name!r} needs its tokenizer.json; export the model again (espalier export)")
-    tokenizer = Tokenizer.from_file(str(files[0]))
+    tokenizer = open_tokenizer(spec, files)
     max_tokens, truncate = int(spec.parameters["max_tokens"]), bool(spec.parameters.get("truncate", False))
     # Checkpoints ship with padding and truncation set for training; both are ours to decide.
     tokenizer.no_padding()

@@ -25,10 +25,21 @@ def test_an_unknown_processor_lists_those_there_are() -> None:
         open_processor(spec, (), 1)
 
 
-def test_a_light_stage_loads_neither_onnxruntime_nor_another_ones_library() -> None:
-    script = (
-        "import sys, services.stage.processors, services.stage.processors.pool, services.stage.processors.classify;"
-        "print([name for name in ('onnxruntime', 'tokenizers', 'torch', 'cvxpy') if name in sys.modules])"
-    )
+LIBRARIES = {"tokenizers", "PIL", "soundfile", "soxr", "jinja2"}
+"""Of light stages, each of some."""
+HEAVY = {"onnxruntime", "torch", "transformers", "onnx", "scipy", "cvxpy"}
+"""Of none."""
+OWN = {
+    "tokenise": {"tokenizers"},
+    "detokenise": {"tokenizers"},
+    "image": {"PIL"},
+    "log_mel": {"soundfile", "soxr"},
+    "chat": {"jinja2"},
+}
+
+
+@pytest.mark.parametrize("name", sorted({"pool", "classify", "rank", "project", "match", "label", *OWN}))
+def test_a_light_stage_loads_neither_onnxruntime_nor_another_ones_library(name: str) -> None:
+    script = f"import sys, {PROCESSORS[name]}; print(*{{module.partition('.')[0] for module in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert (HEAVY | LIBRARIES) & set(done.stdout.split()) == OWN.get(name, set())
