@@ -384,6 +384,8 @@ def bench(
         if output == "json":
             click.echo(json.dumps(result.report, indent=2))
         else:
+            if result.report["shared"]:
+                display.console().print(display.shared(result.report["shared"]))
             display.console().print(display.costs(result.report, result.spent))
     sys.exit(result.exit_code)
 
