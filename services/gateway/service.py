@@ -24,6 +24,7 @@ from services.dataplane.errors import (
     QueueFull,
     TaskError,
     TooLarge,
+    UpstreamFailed,
 )
 from services.dataplane.routing import RetryBudget, RouteBook
 from services.dataplane.streams import Pace
@@ -228,6 +229,8 @@ class GatewayService:
                     if ends:
                         return
                     since = time.monotonic()
+            if not first:
+                raise UpstreamFailed("the stream ended before it began")
             outcome = "late" if late else "on_time"
         except TaskError as error:
             outcome = self._failed(error, until)
