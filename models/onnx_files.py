@@ -48,7 +48,7 @@ def write_float32(name: str, graph: Graph, opset: int, path: Path) -> tuple[Path
                 graph.example,
                 path,
                 input_names=[tensor.name for tensor in graph.inputs],
-                output_names=[tensor.name for tensor in graph.outputs],
+                output_names=_output_names(graph),
                 dynamic_shapes=_symbolic(graph),
                 opset_version=opset,
                 dynamo=True,
@@ -149,6 +149,12 @@ def _keep_exact(nodes: Sequence[Any]) -> None:
             down = makers.get(back.input[0]) if back is not None and back.name.endswith("_cast_to_fp32_node") else None
             if down is not None and down.name.endswith("_cast_to_fp16_node"):
                 node.input[i] = down.input[0]
+
+
+def _output_names(graph: Graph) -> list[str]:
+    """The tensors' names; what goes in and comes out under one name is told apart in the file, where names are unique."""
+    taken = {tensor.name for tensor in graph.inputs}
+    return [f"{tensor.name}_out" if tensor.name in taken else tensor.name for tensor in graph.outputs]
 
 
 def _symbolic(graph: Graph) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
-"""The core stage of a BERT-like text encoder: embeddings and layers, written out for the exporter, in one part or several."""
+"""The core stage of a text encoder: embeddings and layers, written out for the exporter, in one part or several."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,17 +18,44 @@ MAX_BATCH = 16
 """On a CPU a larger batch of an encoder gains nothing and keeps urgent tasks waiting."""
 
 
+@dataclass(frozen=True)
+class Tower:
+    """What a text encoder is made of."""
+
+    name: str
+    """Of the stage."""
+    embeddings: nn.Module
+    layers: Any
+    """An nn.ModuleList, each called with hidden states and an additive mask."""
+    width: int
+    """Length of a hidden state."""
+    vocabulary: int
+    norm: nn.Module | None = None
+    """After the last layer."""
+    causal: bool = False
+    """Whether a token sees only those before it."""
+
+
+def tower_of_bert(model: Any) -> Tower:
+    """The encoder of a BERT-like model without heads."""
+    stack = (model.transformer if hasattr(model, "transformer") else model.encoder).layer
+    return Tower("encode", model.embeddings, stack, int(model.config.hidden_size), int(model.config.vocab_size))
+
+
 class Part(nn.Module):
-    """Consecutive layers of a BERT-like model, and before the first of all the embeddings.
+    """Consecutive layers, before the first of all the embeddings, after the last the norm if there is one.
 
     Same arithmetic as the model's own forward with token types all zero; only the attention mask is built here, because the
     library's mask builder does not trace at symbolic shapes.
     """
 
-    def __init__(self, embeddings: nn.Module | None, stack: Any) -> None:
+    def __init__(self, tower: Tower, chosen: range) -> None:
         super().__init__()
-        self.embeddings = embeddings
-        self.layers = nn.ModuleList(stack)
+        last = chosen.stop == len(tower.layers)
+        self.embeddings = tower.embeddings if chosen.start == 0 else None
+        self.layers = nn.ModuleList([tower.layers[i] for i in chosen])
+        self.norm = tower.norm if last and tower.norm is not None else nn.Identity()
+        self._causal = tower.causal
 
     def forward(self, entering: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states of the part's last layer.
@@ -42,38 +70,40 @@ class Part(nn.Module):
         hidden: Tensor = entering if self.embeddings is None else self.embeddings(input_ids=entering)
         bias = (1.0 - attention_mask[:, None, None, :].to(hidden.dtype)) * torch.finfo(hidden.dtype).min
         bias = bias.expand(-1, 1, hidden.shape[1], -1)  # ONNX Runtime's CPU Attention does not broadcast the query axis
+        if self._causal:
+            place = torch.arange(hidden.shape[1])
+            later = place[None, :] > place[:, None]
+            bias = bias.masked_fill(later[None, None], torch.finfo(hidden.dtype).min)
         for layer in self.layers:
             hidden = layer(hidden, bias)
-        return hidden
+        states: Tensor = self.norm(hidden)
+        return states
 
 
-def cut(model: Any, pad_id: int, parts: int) -> tuple[Piece, ...]:
-    """The encoder as `encode`, or as `encode-1` to `encode-N`.
+def cut(tower: Tower, pad_id: int, parts: int) -> tuple[Piece, ...]:
+    """The encoder as a stage of its name, or as `NAME-1` to `NAME-N`.
 
     Raises:
         UnsupportedCheckpoint: fewer layers than parts.
     """
-    stack = (model.transformer if hasattr(model, "transformer") else model.encoder).layer
-    width, vocabulary = int(model.config.hidden_size), int(model.config.vocab_size)
-    cuts = layers.split([layers.work(layer) for layer in stack], parts)
-    ids, mask = example(vocabulary)
+    cuts = layers.split([layers.work(layer) for layer in tower.layers], parts)
+    ids, mask = example(tower.vocabulary)
     pieces = []
-    for i, part in enumerate(cuts):
+    for i, chosen in enumerate(cuts):
         first, last = i == 0, i == parts - 1
-        name = layers.part_name("encode", i, parts)
+        name = layers.part_name(tower.name, i, parts)
         spec = StageSpec(
             name=name,
             tier="core",
             processor="onnx",
-            inputs=(text.input_ids(pad_id) if first else text.states(width, "hidden"), text.MASK),
-            outputs=(text.states(width, "last_hidden_state" if last else "hidden"),),
+            inputs=(text.input_ids(pad_id) if first else text.states(tower.width, "hidden"), text.MASK),
+            outputs=(text.states(tower.width, "last_hidden_state" if last else "hidden"),),
             max_batch=MAX_BATCH,
             # ONNX counts a negative index from the end, so that a wrong token would get an answer.
-            parameters={"range": {"input_ids": [0, vocabulary - 1]}} if first else {},
+            parameters={"range": {"input_ids": [0, tower.vocabulary - 1]}} if first else {},
         )
-        module = Part(model.embeddings if first else None, [stack[j] for j in part])
-        entering = ids if first else torch.zeros(*ids.shape, width)
-        pieces.append(Piece(spec, {name: Graph(module, (entering, mask))}))
+        entering = ids if first else torch.zeros(*ids.shape, tower.width)
+        pieces.append(Piece(spec, {name: Graph(Part(tower, chosen), (entering, mask))}))
     return tuple(pieces)
 
 
@@ -88,8 +118,9 @@ def example(vocabulary: int) -> tuple[Tensor, Tensor]:
 def max_tokens(model: Any, stated: int | None) -> int:
     """Longest text [tokens]. RoBERTa counts positions from after the padding id, and so has room for fewer."""
     positions = int(model.config.max_position_embeddings)
-    if model.embeddings.position_embeddings.padding_idx is not None:
-        positions -= int(model.embeddings.position_embeddings.padding_idx) + 1
+    table = model.embeddings.position_embeddings
+    if table.padding_idx is not None:
+        positions -= int(table.padding_idx) + 1
     return min(positions, stated or positions)
 
 

@@ -64,3 +64,14 @@ class Cut:
     """Typical size of one element [bytes] of each BYTES tensor, by tensor name, its 4-byte length prefix included."""
     tolerances: Mapping[Precision, float]
     """What `verify` accepts in each precision; one that is missing cannot be exported."""
+
+
+def array(weight: Any) -> Array:
+    """A torch weight as it goes into a file of a light stage, float32 and in row-major order."""
+    return np.ascontiguousarray(weight.detach().numpy().astype(np.float32))
+
+
+def linear(layer: Any, number: int) -> dict[str, Array]:
+    """A torch Linear as the arrays `wN` (in, out) and, where it has one, `bN` (out,)."""
+    bias = {} if layer.bias is None else {f"b{number}": array(layer.bias)}
+    return {f"w{number}": array(layer.weight.T), **bias}

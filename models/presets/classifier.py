@@ -8,7 +8,7 @@ from models.presets import vocabulary
 
 LABELS = ("negative", "neutral", "positive")
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-_VOCABULARY = 1000
+_VOCABULARY, _POSITIONS = 1000, 512
 
 
 def build(name: str, directory: Path) -> None:
@@ -24,7 +24,7 @@ def build(name: str, directory: Path) -> None:
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=128,
-        max_position_embeddings=128,
+        max_position_embeddings=_POSITIONS,
         pad_token_id=0,
         initializer_range=0.2,  # at 0.02 every text comes out the same
         id2label=dict(enumerate(LABELS)),
@@ -36,4 +36,4 @@ def build(name: str, directory: Path) -> None:
     model.save_pretrained(directory)
     tokenizer = vocabulary.train(_VOCABULARY, tuple(SPECIAL.values()))
     tokenizer.post_processor = t.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    vocabulary.save(tokenizer, directory, SPECIAL, model_max_length=128)
+    vocabulary.save(tokenizer, directory, SPECIAL, model_max_length=_POSITIONS)

@@ -78,7 +78,8 @@ class Session:
         for name, (least, most) in self._ranges.items():
             if inputs[name].min() < least or inputs[name].max() > most:
                 raise BadRequest(f"{name} must be between {least} and {most}")
-        return self._graph.run(inputs, self._outputs)
+        # By their order: a graph may not call an output what an input is called already, as a part of an encoder's would.
+        return dict(zip(self._outputs, self._graph.run(inputs).values(), strict=True))
 
     def describe(self) -> dict[str, Any]:
         """Providers in use and threads per run."""

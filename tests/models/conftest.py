@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from models import seeded
 from models.export import Exported, Wanted, export
 from tests.models import tiny
 
@@ -29,3 +31,12 @@ def tiny_export(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Ex
 def exported_copy(tiny_export: Exported, tmp_path: Path) -> Path:
     """A copy of the tiny export that a test may spoil."""
     return Path(shutil.copytree(tiny_export.directory, tmp_path / "export"))
+
+
+@pytest.fixture(scope="session")
+def seeded_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the catalogue's seeded checkpoints are built during these tests."""
+    root = tmp_path_factory.mktemp("seeded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(seeded.ROOT_VARIABLE, str(root))
+        yield root

@@ -21,11 +21,12 @@ from models.verification.texts import batches
 from tests.models import tiny
 
 
-def _missed(verdict: Verdict) -> set[tuple[str, str]]:
+def missed(verdict: Verdict) -> set[tuple[str, str]]:
+    """Precision and measure of the figures that are not ok."""
     return {(figure.precision, figure.what.partition(",")[0]) for figure in verdict.figures if not figure.ok}
 
 
-def _reseal(directory: Path, **parameters: dict[str, object]) -> Manifest:
+def reseal(directory: Path, **parameters: dict[str, object]) -> Manifest:
     """Rewrite the manifest's checksums, and parameters by stage, so that only the comparison itself can find the spoiling."""
     manifest = load(directory)
     stages = []
@@ -40,7 +41,7 @@ def _reseal(directory: Path, **parameters: dict[str, object]) -> Manifest:
 
 def test_the_tiny_export_equals_its_model(tiny_bert: Path, tiny_export: Exported) -> None:
     verdict = verify(tiny_export.directory, str(tiny_bert))
-    assert _missed(verdict) == set()
+    assert missed(verdict) == set()
     assert verdict.ok
     assert verdict.reference == tiny_export.manifest.source
     worst = {(figure.precision, figure.what): figure.value for figure in verdict.figures}
@@ -50,7 +51,7 @@ def test_the_tiny_export_equals_its_model(tiny_bert: Path, tiny_export: Exported
 @pytest.mark.timeout(300)  # on a fresh clone this makes the export that `make demo` will use
 def test_minilm_equals_its_model(minilm: Path) -> None:
     verdict = verify(minilm, "minilm")
-    assert _missed(verdict) == set()
+    assert missed(verdict) == set()
     assert manifest.load(minilm).tolerances["float32"] == 1e-4
 
 
@@ -70,12 +71,12 @@ def test_other_families_opsets_and_poolings(
     assert exported.manifest.architecture == architecture
     # RoBERTa's positions begin after its padding id, 1.
     assert exported.manifest.stage("tokenise").parameters == {"max_tokens": tiny.POSITIONS - 2, "pad_id": 1, "truncate": False}
-    assert _missed(verify(tmp_path / "export", str(checkpoint))) == set()
+    assert missed(verify(tmp_path / "export", str(checkpoint))) == set()
 
 
-def _spoil_weights(directory: Path) -> None:
+def spoil_weights(directory: Path, stage: str = "encode") -> None:
     """Make the largest matrix 1 % larger."""
-    graph = onnx.load(directory / "encode.float32.onnx", load_external_data=False).graph
+    graph = onnx.load(directory / f"{stage}.float32.onnx", load_external_data=False).graph
     places = [{entry.key: entry.value for entry in each.external_data} for each in graph.initializer if each.data_type == 1]
     largest = max((place for place in places if place), key=lambda place: int(place["length"]))
     count = int(largest["length"]) // 4
@@ -95,9 +96,9 @@ TOKENS = {(precision, "batches whose tokens differ") for precision in PRECISIONS
 
 
 @pytest.mark.parametrize(
-    ("spoil", "parameters", "missed"),
+    ("spoil", "parameters", "found"),
     [
-        (_spoil_weights, {}, {("float32", "embedding"), ("float32", "hidden states")}),
+        (spoil_weights, {}, {("float32", "embedding"), ("float32", "hidden states")}),
         (_spoil_tokenizer, {}, EVERY | TOKENS),
         (lambda _: None, {"pool": {"mode": "cls"}}, EVERY),
         (lambda _: None, {"pool": {"normalise": False}}, {("float32", "embedding")}),
@@ -112,33 +113,39 @@ TOKENS = {(precision, "batches whose tokens differ") for precision in PRECISIONS
 def test_a_spoilt_export_is_found_and_the_stage_named(
     spoil: Callable[[Path], None],
     parameters: dict[str, dict[str, object]],
-    missed: set[tuple[str, str]],
+    found: set[tuple[str, str]],
     tiny_bert: Path,
     exported_copy: Path,
 ) -> None:
     spoil(exported_copy)
-    _reseal(exported_copy, **parameters)
-    assert _missed(verify(exported_copy, str(tiny_bert))) == missed
+    reseal(exported_copy, **parameters)
+    assert missed(verify(exported_copy, str(tiny_bert))) == found
 
 
 def test_a_changed_file_is_found_by_its_checksum(tiny_bert: Path, exported_copy: Path) -> None:
-    _spoil_weights(exported_copy)
+    spoil_weights(exported_copy)
     with pytest.raises(ManifestError, match="sha256 differs"):
         verify(exported_copy, str(tiny_bert))
 
 
 def test_a_file_that_is_no_model_is_refused(tiny_bert: Path, exported_copy: Path) -> None:
     (exported_copy / "encode.int8.onnx").write_bytes(b"not a model")
-    _reseal(exported_copy)
+    reseal(exported_copy)
     with pytest.raises(StageBroken, match=r"encode\.int8\.onnx: cannot be opened"):
         verify(exported_copy, str(tiny_bert))
+
+
+def test_two_parts_equal_the_model(tiny_bert: Path, tmp_path: Path) -> None:
+    cut = export(str(tiny_bert), tmp_path, Wanted(parts=2, weights="seeded"))
+    assert [stage.name for stage in cut.manifest.parts("encode")] == ["encode-1", "encode-2"]
+    assert missed(verify(tmp_path, str(tiny_bert))) == set()
 
 
 def test_other_weights_of_the_same_shape_miss(tiny_export: Exported, tmp_path: Path) -> None:
     other = tiny.build(tmp_path / "tiny-bert", seed=1)
     verdict = verify(tiny_export.directory, str(other))
     assert not verdict.ok
-    assert ("float32", "batches whose tokens differ") not in _missed(verdict)
+    assert ("float32", "batches whose tokens differ") not in missed(verdict)
     assert verdict.reference != tiny_export.manifest.source
 
 
