@@ -16,6 +16,10 @@ SEED = 0
 SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>", "<|notimestamps|>")
 """Numbered after the text's own tokens, as Whisper's are. The first ends a text, and pads as well."""
 
+PLACES = 32.0
+"""How much larger the decoder's positions are than its other weights. Its head is its own table of tokens, so that a random one
+would repeat what was said last; with positions that count it says some twenty different tokens in 32."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -69,6 +73,8 @@ def build(name: str, directory: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model: Any = transformers.WhisperForConditionalGeneration(config)
+    with torch.no_grad():
+        model.model.decoder.embed_positions.weight *= PLACES
     model.generation_config = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
         pad_token_id=end,
         bos_token_id=end,

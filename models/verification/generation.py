@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from models.checkpoint import Checkpoint
+from models.errors import CheckpointError
 from models.manifest import GENERATE, Manifest, Precision, StageSpec, check_files
 from models.session import Array, Session
 from models.verification.figures import Figure, angle, apart, worst
@@ -140,6 +142,16 @@ def greedy(model: Any, new: int = NEW_TOKENS) -> Any:
     # Without an end an answer does not stop early, so that every token of it is compared.
     model.generation_config = GenerationConfig(max_new_tokens=new, pad_token_id=pad, **settings)  # type: ignore[no-untyped-call]
     return model.generate
+
+
+def check_width(checkpoint: Checkpoint, manifest: Manifest, width: int) -> None:
+    """Raise CheckpointError where the checkpoint's decoder has another width than the exported one."""
+    exported = manifest.parts(GENERATE)[0].parameters["hidden"]
+    if width != exported:
+        raise CheckpointError(
+            f"{checkpoint.source} has hidden states of width {width}, the export of {manifest.source} has {exported}: name the "
+            "checkpoint that was exported"
+        )
 
 
 def compare(decoder: Decoder, precision: Precision, answers: Sequence[Answer], tolerance: float) -> list[Figure]:

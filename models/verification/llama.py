@@ -10,7 +10,6 @@ import numpy as np
 
 from models.checkpoint import Checkpoint, load_model, load_tokenizer
 from models.directory import Report
-from models.errors import CheckpointError
 from models.manifest import GENERATE, Manifest
 from models.session import Array
 from models.verification import generation, texts
@@ -27,11 +26,7 @@ def compare(
     tokenise = Tokenise(manifest, directory)
     report(f"loading {checkpoint.source}")
     model = load_model(checkpoint, "AutoModelForCausalLM")
-    if model.config.hidden_size != first.parameters["hidden"]:
-        raise CheckpointError(
-            f"{checkpoint.source} has hidden states of width {model.config.hidden_size}, the export of {manifest.source} has "
-            f"{first.parameters['hidden']}: name the checkpoint that was exported"
-        )
+    generation.check_width(checkpoint, manifest, model.config.hidden_size)
     tokenizer = load_tokenizer(checkpoint)
     asked = texts.batches(tokenizer, tokenise.max_tokens, rng)
     same = [tokens_differ(tokenise, tokenizer, batch) for batch in asked]
