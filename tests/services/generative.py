@@ -34,17 +34,17 @@ class Paced:
     def __init__(self, graph: Graph) -> None:
         self.inputs = graph.inputs
         self.runs = 0
-        """Since `hold`."""
+        """Since the first `hold`."""
         self.batches: list[int] = []
         self.waits = threading.Event()
         """A run is waiting to be allowed."""
         self._graph = graph
-        self._held = False
+        self._held = self._counts = False
         self._allowed = threading.Semaphore(0)
 
     def hold(self) -> None:
-        """From here on runs need to be allowed."""
-        self._held = True
+        """From here on runs need to be allowed, and are counted."""
+        self._held = self._counts = True
 
     def allow(self, runs: int = 1) -> None:
         self._allowed.release(runs)
@@ -60,6 +60,7 @@ class Paced:
                 if not self._allowed.acquire(timeout=30):
                     raise TimeoutError("the test never allowed the next step")
             self.waits.clear()
+        if self._counts:
             self.runs += 1
             self.batches.append(len(inputs["attention_mask"]))
         return self._graph.run(inputs, outputs)
@@ -94,9 +95,12 @@ class Spell:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.broken = False
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.calls += 1
+        if self.broken:
+            raise ZeroDivisionError
         text = np.empty(len(inputs["output_ids"]), dtype=object)
         for i, (ids, count) in enumerate(zip(inputs["output_ids"], inputs["output_count"], strict=True)):
             text[i] = spelt(ids[:count]).encode()
