@@ -11,29 +11,56 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 import orjson
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from models.errors import CheckpointError, ModelsError
-from models.manifest import ManifestError
+from models.manifest import MANIFEST_NAME, ManifestError, Precision
 
 if TYPE_CHECKING:
-    from models.manifest import Manifest, Precision, Weights
+    from models.manifest import Manifest, Weights
     from models.verification.figures import Verdict
 
 OK, MISSED, BAD_USAGE, SETUP_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+MODELS = Path("out/models")
+SHORT: dict[str, Precision] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+"""What a precision may be called besides its own name."""
 
 _stderr = Console(stderr=True, highlight=False)
-_directory = click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+_models_dir = click.option(
+    "--models-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=MODELS,
+    show_default=True,
+    help="Where exported models lie, one directory each.",
+)
 _output = click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="What goes to stdout."
 )
+
+
+class _Precision(click.ParamType[Precision]):
+    """A precision by its own name or its short one."""
+
+    name = "precision"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        del param, ctx
+        return "[" + "|".join(SHORT) + "]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Precision:
+        found: Precision = SHORT.get(value, value)
+        if found not in get_args(Precision):
+            self.fail(f"{value!r} is not one of {', '.join(SHORT)}", param, ctx)
+        return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,15 +88,24 @@ def _commands() -> None:
 
 @_commands.command()
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Directory to write.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Directory to write [default: MODELS_DIR/NAME].")
+@_models_dir
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
-    type=click.Choice(["float32", "float16", "int8"]),
+    type=_Precision(),
     default=["float32"],
-    show_default=True,
+    show_default="fp32",
     help="Once per precision wanted.",
+)
+@click.option(
+    "--cut",
+    "parts",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Cut each core encoder and decoder at layer boundaries into so many parts of about equal work.",
 )
 @click.option(
     "--opset", type=click.IntRange(20, 23), default=23, show_default=True, help="ONNX operator set; 20 for old runtimes."
@@ -82,39 +118,59 @@ def _commands() -> None:
 @click.option("--force", is_flag=True, help="Export even where nothing has changed.")
 @_output
 def export(
-    *, source: str, out: Path, precisions: tuple[Precision, ...], opset: int, weights: Weights | None, force: bool, output: str
+    *,
+    source: str,
+    out: Path | None,
+    models_dir: Path,
+    precisions: tuple[Precision, ...],
+    parts: int,
+    opset: int,
+    weights: Weights | None,
+    force: bool,
+    output: str,
 ) -> int:
     """Export SOURCE as stages with a manifest.
 
-    SOURCE is a name from the catalogue (minilm), a directory written by save_pretrained, or a hub id. An export that is up to
-    date is left as it is.
+    SOURCE is a name of the catalogue (minilm, clip-tiny), a directory written by save_pretrained, or a hub id. An export that
+    is up to date is left as it is.
     """
     from models import export as exporting  # noqa: PLC0415
+    from models.checkpoint import name_of  # noqa: PLC0415
 
     began = time.perf_counter()
-    wanted = exporting.Wanted(precisions=precisions, opset=opset, weights=weights, force=force)
-    with _stderr.status(f"looking at {source}") as status:
-        result = exporting.export(source, out, wanted, status.update)
+    out = out or models_dir / name_of(source)
+    wanted = exporting.Wanted(precisions=precisions, opset=opset, weights=weights, parts=parts, force=force)
+    with _progress(f"looking at {source}") as (report, made):
+        result = exporting.export(source, out, wanted, report, made)
     seconds = time.perf_counter() - began
+    manifest = result.manifest
     state = f"exported in {seconds:.1f} s" if result.written else "up to date"
-    _stderr.print(f"{out}: {result.manifest.model} from {result.manifest.source}: {state}", markup=False, soft_wrap=True)
-    _stderr.print(_stages_table(result.manifest))
+    _stderr.print(
+        f"{out}: {manifest.model} from {manifest.source}, {manifest.weights} weights: {state}", markup=False, soft_wrap=True
+    )
+    _stderr.print(_stages_table(manifest))
     if output == "json":
-        _print_json({"directory": str(out), "written": result.written, "seconds": seconds, "manifest": _dump(result.manifest)})
+        _print_json({"directory": str(out), "written": result.written, "seconds": seconds, "manifest": _dump(manifest)})
     return OK
 
 
 @_commands.command()
-@_directory
-@click.argument("source")
+@click.argument("model")
+@click.argument("source", required=False)
+@_models_dir
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
 @_output
-def verify(*, directory: Path, source: str, seed: int, output: str) -> int:
-    """Compare the stages in DIRECTORY with the whole PyTorch model of SOURCE; exit status 1 if they differ by too much."""
+def verify(*, model: str, source: str | None, models_dir: Path, seed: int, output: str) -> int:
+    """Compare the stages of MODEL with the whole PyTorch model of SOURCE; exit status 1 if they differ by too much.
+
+    MODEL is the directory of an export, or its name below the models' directory. SOURCE is what it was exported from; it can be
+    left out where that was a name of the catalogue or a hub id.
+    """
     from models import verification  # noqa: PLC0415
 
+    directory = _directory(model, models_dir)
     with _stderr.status(f"looking at {directory}") as status:
-        verdict = verification.verify(directory, source, seed, status.update)
+        verdict = verification.verify(directory, source or _source(directory), seed, status.update)
     if verdict.reference != verdict.manifest.source:
         _stderr.print(f"note: exported from {verdict.manifest.source}, compared with {verdict.reference}", soft_wrap=True)
     _stderr.print(_verdict_table(verdict))
@@ -123,6 +179,7 @@ def verify(*, directory: Path, source: str, seed: int, output: str) -> int:
         _print_json(
             {
                 "model": verdict.manifest.model,
+                "family": verdict.manifest.family,
                 "source": verdict.manifest.source,
                 "reference": verdict.reference,
                 "ok": verdict.ok,
@@ -133,16 +190,60 @@ def verify(*, directory: Path, source: str, seed: int, output: str) -> int:
     return OK if verdict.ok else MISSED
 
 
+@contextmanager
+def _progress(doing: str) -> Iterator[tuple[Callable[[str], object], Callable[[int, int], object]]]:
+    """A line that says what is being done, with a bar over the files to be made once their number is known."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=_stderr, transient=True) as progress:
+        task = progress.add_task(doing, total=None)
+        yield (
+            lambda text: progress.update(task, description=text),
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def _directory(model: str, models_dir: Path) -> Path:
+    """Where an export named on the command line lies: the directory of that path, or the one of that name."""
+    named = models_dir / model
+    return named if (named / MANIFEST_NAME).is_file() and not (Path(model) / MANIFEST_NAME).is_file() else Path(model)
+
+
+def _source(directory: Path) -> str:
+    """What an export was made from, by its manifest.
+
+    Raises:
+        UsageError: it was a directory, which manifests do not name.
+    """
+    from models.checkpoint import catalogue  # noqa: PLC0415
+    from models.manifest import load  # noqa: PLC0415
+
+    manifest = load(directory)
+    if manifest.model in catalogue():
+        return manifest.model
+    named = manifest.source.partition("@")[0]
+    if "/" not in named:
+        raise click.UsageError(f"{manifest.model} was exported from a directory, {named}: name it, verify {directory} SOURCE")
+    return named
+
+
 @_commands.command()
-@_directory
+@click.argument("model")
+@_models_dir
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Intra-op threads of the replica.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds over all points; 5, or 3 with --quick.")
 @click.option("--quick", is_flag=True, help="Fewer batch sizes and lengths.")
 @_output
-def profile(*, directory: Path, threads: int, repeats: int | None, quick: bool, output: str) -> int:
-    """Measure service time, memory and load time of the ONNX stages in DIRECTORY, and write them into its manifest."""
+def profile(*, model: str, models_dir: Path, threads: int, repeats: int | None, quick: bool, output: str) -> int:
+    """Measure service time, memory and load time of the stages of MODEL, and write them into its manifest."""
     from models import profile as profiling  # noqa: PLC0415
 
+    directory = _directory(model, models_dir)
     grid = profiling.QUICK if quick else profiling.Grid()
     grid = dataclasses.replace(grid, threads=threads, rounds=repeats or grid.rounds)
     with _stderr.status(f"looking at {directory}") as status:

@@ -96,8 +96,7 @@ def resolve(source: str) -> Checkpoint:
     directory = Path(source).expanduser()
     if directory.is_dir():
         directory = directory.resolve()
-        name = directory.name
-        return _read(directory, model_name(name), f"{name}@{_fingerprint(directory)[:12]}")
+        return _read(directory, name_of(source), f"{directory.name}@{_fingerprint(directory)[:12]}")
     if _HUB_ID.match(source):
         return _from_hub(source)
     raise CheckpointError(f"{source!r} is neither a directory, nor a hub id, nor one of: {', '.join(catalogue())}")
@@ -106,6 +105,14 @@ def resolve(source: str) -> Checkpoint:
 def catalogue() -> tuple[str, ...]:
     """Names that need neither a network nor a directory: those that a package carries, and those built with seeded weights."""
     return (*PACKAGES, *seeded.CATALOGUE)
+
+
+def name_of(source: str) -> str:
+    """What a model of this source is called, whether or not there is one."""
+    if source in catalogue():
+        return source
+    directory = Path(source).expanduser()
+    return model_name(directory.resolve().name if directory.is_dir() else source.rsplit("/", maxsplit=1)[-1])
 
 
 def load_model(checkpoint: Checkpoint, auto: str = "AutoModel") -> Any:
@@ -187,7 +194,7 @@ def _from_hub(hub_id: str) -> Checkpoint:
             f"name a directory written by save_pretrained, or one of: {', '.join(catalogue())}"
         ) from error
     directory = Path(path)
-    return _read(directory, model_name(hub_id.rsplit("/", 1)[-1]), f"{hub_id}@{directory.name[:12]}")
+    return _read(directory, name_of(hub_id), f"{hub_id}@{directory.name[:12]}")
 
 
 def _read(directory: Path, name: str, source: str) -> Checkpoint:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import get_args
 
@@ -41,7 +42,8 @@ _SPARE_BYTES = 32 << 20
 _SMALLER = {"float16": onnx_files.write_float16, "int8": onnx_files.write_int8}
 """Precision -> what makes it from the float32 file."""
 _DISK_PER_WEIGHT_BYTE: Mapping[Precision, float] = {"float32": 1.1, "float16": 0.6, "int8": 2.0}
-"""Disk needed while exporting, per byte of the weights in float32. The quantiser keeps a second float32 copy for a while."""
+"""Disk needed while exporting, per byte of the weights in float32. The quantiser keeps a second float32 copy for a while, and
+leaves tables that are looked up in as they are."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,13 @@ class Wanted:
     """Write even where nothing has changed."""
 
 
-def export(source: str, out: Path, wanted: Wanted, report: Report = lambda _: None) -> Exported:
+def export(
+    source: str,
+    out: Path,
+    wanted: Wanted,
+    report: Report = lambda _: None,
+    made: Callable[[int, int], object] = lambda _, __: None,
+) -> Exported:
     """Make the directory `out` hold the stages of a checkpoint.
 
     Precisions that an otherwise unchanged export already holds are kept, so asking for one more takes nothing away.
@@ -78,9 +86,10 @@ def export(source: str, out: Path, wanted: Wanted, report: Report = lambda _: No
         out: Made where it is missing. Files in it that are not an export's are left alone.
         wanted: Precisions, opset, and so on.
         report: Told in a few words what is being done.
+        made: Told how many of the graphs have been written, and of how many.
 
     Raises:
-        CheckpointError: the source cannot be read, or has no adapter.
+        CheckpointError: the source cannot be read, has no adapter, or is not exported in that precision or number of parts.
         NotEnoughSpace: the disk is too full.
         ExportFailed: the exporter broke down, or the directory cannot be written.
     """
@@ -94,12 +103,13 @@ def export(source: str, out: Path, wanted: Wanted, report: Report = lambda _: No
         if there is not None and not wanted.force and held.issuperset(wanted.precisions):
             return Exported(there, out, written=False)
         precisions = tuple(p for p in PRECISIONS if p in held.union(wanted.precisions))
-        directory.check_space(out, needed_bytes(checkpoint.float32_bytes, precisions))
+        directory.check_space(out, needed_bytes(checkpoint.float32_bytes, 0, precisions))
         report(f"loading {checkpoint.source}")
         cut = adapter(checkpoint, wanted.parts)
         _refuse_precisions(checkpoint, cut, precisions)
+        directory.check_space(out, needed_bytes(*_sizes(cut), precisions))
         with directory.scratch(out) as scratch:
-            stages = _Writer(cut, precisions, wanted.opset, scratch, report).stages()
+            stages = Writer(cut, precisions, wanted.opset, scratch, report, made).stages()
             manifest = _manifest(checkpoint, cut, wanted, precisions, stages)
             directory.replace(manifest, scratch, out)
     return Exported(manifest, out, written=True)
@@ -134,9 +144,32 @@ def exported_precisions(manifest: Manifest) -> set[Precision]:
     return {precision for stage in manifest.stages if stage.tier == "core" for precision in stage.files}
 
 
-def needed_bytes(float32_bytes: int, precisions: Sequence[Precision]) -> int:
-    """Disk space an export takes while it runs [bytes]."""
-    return int(float32_bytes * sum(_DISK_PER_WEIGHT_BYTE[p] for p in {"float32", *precisions})) + _SPARE_BYTES
+def needed_bytes(float32_bytes: int, asset_bytes: int, precisions: Sequence[Precision]) -> int:
+    """Disk space an export takes while it runs [bytes].
+
+    Args:
+        float32_bytes: The graphs' weights in float32 [bytes].
+        asset_bytes: Files that are the same in every precision (a table of embeddings) [bytes].
+        precisions: In which it is exported; float32 is made in any case.
+    """
+    graphs = float32_bytes * sum(_DISK_PER_WEIGHT_BYTE[p] for p in {"float32", *precisions})
+    return int(graphs) + asset_bytes + _SPARE_BYTES
+
+
+def _sizes(cut: Cut) -> tuple[int, int]:
+    """Weights of all graphs as float32, and all assets [bytes]. What two graphs share is in the file of each."""
+    graphs = sum(_weights_bytes(graph) for piece in cut.pieces for graph in piece.graphs.values())
+    return graphs, sum(_asset_bytes(asset) for piece in cut.pieces for asset in piece.assets.values())
+
+
+def _weights_bytes(graph: Graph) -> int:
+    return sum(ITEM_BYTES["FP32"] * weight.numel() for weight in (*graph.module.parameters(), *graph.module.buffers()))
+
+
+def _asset_bytes(asset: Asset) -> int:
+    if isinstance(asset, bytes):
+        return len(asset)
+    return asset.nbytes if isinstance(asset, np.ndarray) else sum(array.nbytes for array in asset.values())
 
 
 def _own_code() -> str:
@@ -173,7 +206,7 @@ def _manifest(
 
 
 @dataclass(frozen=True)
-class _Writer:
+class Writer:
     """Writes the pieces of one cut into a folder."""
 
     cut: Cut
@@ -181,14 +214,18 @@ class _Writer:
     opset: int
     folder: Path
     report: Report
+    made: Callable[[int, int], object]
 
     def stages(self) -> tuple[StageSpec, ...]:
         """Every stage of the cut, its files written and described."""
-        return tuple(self._stage(piece) for piece in self.cut.pieces)
+        total = len(self.precisions) * sum(len(piece.graphs) for piece in self.cut.pieces)
+        self.made(0, total)
+        done = count(1)
+        return tuple(self._stage(piece, lambda: self.made(next(done), total)) for piece in self.cut.pieces)
 
-    def _stage(self, piece: Piece) -> StageSpec:
+    def _stage(self, piece: Piece, one_more: Callable[[], object]) -> StageSpec:
         assets = tuple(self._asset(name, content) for name, content in piece.assets.items())
-        graphs = [self._graph(piece.spec, stem, graph) for stem, graph in piece.graphs.items()]
+        graphs = [self._graph(piece.spec, stem, graph, one_more) for stem, graph in piece.graphs.items()]
         precisions: Sequence[Precision] = self.precisions if graphs else ("float32",)
         files = {p: (*(file for graph in graphs for file in graph[p]), *assets) for p in precisions}
         sizes = {
@@ -207,7 +244,9 @@ class _Writer:
             np.savez(path, allow_pickle=False, **content)
         return describe(path, self.folder)
 
-    def _graph(self, spec: StageSpec, stem: str, graph: Graph) -> dict[Precision, tuple[ModelFile, ...]]:
+    def _graph(
+        self, spec: StageSpec, stem: str, graph: Graph, one_more: Callable[[], object]
+    ) -> dict[Precision, tuple[ModelFile, ...]]:
         """Write a stage's ONNX files; float32 is made in any case, because the others are made from it."""
         whole = replace(graph, inputs=graph.inputs or spec.inputs, outputs=graph.outputs or spec.outputs)
         self.report(f"exporting {stem} as float32")
@@ -217,6 +256,7 @@ class _Writer:
             if precision != "float32":
                 self.report(f"making {stem} {precision}")
                 written[precision] = _SMALLER[precision](path, self.folder / f"{stem}.{precision}.onnx")
+            one_more()
         if "float32" not in self.precisions:
             for each in written["float32"]:
                 each.unlink()

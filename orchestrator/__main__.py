@@ -52,6 +52,7 @@ class _Commands(click.Group):
 
 
 _testbed_file = click.argument("testbed", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT_TESTBED)
+_what = click.argument("what", metavar="MODEL|TESTBED", default=str(DEFAULT_TESTBED))
 _models_dir = click.option(
     "--models-dir", type=click.Path(path_type=Path, file_okay=False), default=MODELS, show_default=True,
     help="Where exported models lie, one directory each.",
@@ -62,10 +63,13 @@ _state_dir = click.option(
 )  # fmt: skip
 
 
+def _is_testbed(what: str) -> bool:
+    return Path(what).suffix in (".yaml", ".yml")
+
+
 def _running(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """The name of a running testbed: as it was given, or as the file says that was given instead."""
-    path = Path(value)
-    return testbeds.load(path).testbed.name if path.suffix in (".yaml", ".yml") else value
+    return testbeds.load(Path(value)).testbed.name if _is_testbed(value) else value
 
 
 _url = click.option(
@@ -143,13 +147,39 @@ def _check_models(loaded: testbeds.Loaded, models_dir: Path) -> list[str]:
 
 
 @main.command()
-@_testbed_file
+@_what
 @_models_dir
+@click.option("--out", help="Directory to write [default: MODELS_DIR/NAME].")
+@click.option("--precision", multiple=True, metavar="[fp32|fp16|int8]", help="Once per precision wanted [default: fp32].")
+@click.option("--cut", type=click.IntRange(min=1), help="Parts that each core encoder and decoder is cut into [default: 1].")
+@click.option("--weights", type=click.Choice(["trained", "seeded"]), help="Of a directory that does not say so itself.")
+@click.option("--opset", type=click.IntRange(20, 23), help="ONNX operator set [default: 23]; 20 for old runtimes.")
 @click.option("--force", is_flag=True, help="Export again what is up to date.")
-def export(testbed: Path, models_dir: Path, force: bool) -> None:
-    """Export the testbed's models as stages."""
-    for name, model in testbeds.load(testbed).testbed.models.items():
-        _models("export", *export_words(model, models_dir / name), *(["--force"] if force else []))
+def export(what: str, models_dir: Path, opset: int | None, force: bool, **own: Any) -> None:
+    """Export a model, or every model of a testbed, as stages.
+
+    MODEL is a name of the catalogue (minilm, clip-tiny), a directory written by save_pretrained, or a hub id. A TESTBED says
+    itself in which precisions and how many parts.
+    """
+    both = _words(opset=opset, force=force)
+    if not _is_testbed(what):
+        _models("export", what, "--models-dir", str(models_dir), *_words(**own), *both)
+        return
+    if words := _words(**own):
+        raise click.UsageError(f"{what} says of each model how it is exported; {words[0]} is for one MODEL")
+    for name, model in testbeds.load(Path(what)).testbed.models.items():
+        _models("export", *export_words(model, models_dir / name), *both)
+
+
+def _words(**options: Any) -> list[str]:
+    """Options as a command of the models folder takes them; those that were not given are left to it."""
+    words = []
+    for name, value in sorted(options.items()):
+        if value is True:
+            words.append(f"--{name}")
+        elif value:
+            words += [word for each in (value if isinstance(value, tuple) else (value,)) for word in (f"--{name}", str(each))]
+    return words
 
 
 def export_words(model: testbeds.ModelSection, out: Path) -> list[str]:
@@ -159,22 +189,37 @@ def export_words(model: testbeds.ModelSection, out: Path) -> list[str]:
 
 
 @main.command()
-@_testbed_file
+@_what
+@click.argument("source", required=False)
 @_models_dir
-def verify(testbed: Path, models_dir: Path) -> None:
-    """Compare the exported stages, chained, with the whole models."""
-    for name, model in testbeds.load(testbed).testbed.models.items():
+def verify(what: str, source: str | None, models_dir: Path) -> None:
+    """Compare the exported stages of a model, or of every model of a testbed, chained, with the whole model.
+
+    MODEL is the directory of an export, or its name below the models' directory. SOURCE is what it was exported from, and is
+    needed only where that was a directory.
+    """
+    if not _is_testbed(what):
+        _models("verify", what, *([source] if source else []), "--models-dir", str(models_dir))
+        return
+    for name, model in testbeds.load(Path(what)).testbed.models.items():
         _models("verify", str(models_dir / name), model.source)
 
 
 @main.command()
-@_testbed_file
+@_what
 @_models_dir
 @click.option("--quick", is_flag=True, help="Fewer samples.")
-def profile(testbed: Path, models_dir: Path, quick: bool) -> None:
-    """Measure service times and memory of the exported stages on this machine."""
-    for name in testbeds.load(testbed).testbed.models:
-        _models("profile", str(models_dir / name), *(["--quick"] if quick else []))
+def profile(what: str, models_dir: Path, quick: bool) -> None:
+    """Measure service times and memory of the exported stages of a model, or of every model of a testbed, on this machine.
+
+    MODEL is the directory of an export, or its name below the models' directory.
+    """
+    extra = ["--quick"] if quick else []
+    if not _is_testbed(what):
+        _models("profile", what, "--models-dir", str(models_dir), *extra)
+        return
+    for name in testbeds.load(Path(what)).testbed.models:
+        _models("profile", str(models_dir / name), *extra)
 
 
 def _models(*arguments: str) -> None:

@@ -30,6 +30,31 @@ def test_export_says_up_to_date_and_prints_json_on_stdout_alone(
     assert "encode" in shown.err
 
 
+def test_a_name_of_the_catalogue_needs_no_directory_and_no_source(
+    seeded_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del seeded_root
+    words = ["--models-dir", str(tmp_path)]
+    assert main(["export", "classifier-ci", *words, "--precision", "fp16", "--cut", "2", "-o", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["directory"] == str(tmp_path / "classifier-ci")
+    assert document["manifest"]["weights"] == "seeded"
+    stages = {stage["name"]: list(stage["files"]) for stage in document["manifest"]["stages"]}
+    assert stages == {"tokenise": ["float32"], "encode-1": ["float16"], "encode-2": ["float16"], "label": ["float32"]}
+    assert main(["verify", "classifier-ci", *words, "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "bert-classifier"
+
+
+def test_of_an_export_of_a_directory_the_source_must_be_said(exported_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(exported_copy)]) == 2
+    assert "tiny-bert was exported from a directory" in " ".join(capsys.readouterr().err.split())
+
+
+def test_more_parts_than_layers_are_refused(tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tiny_bert), "--out", str(tmp_path / "out"), "--cut", "3"]) == 2
+    assert "2 layers cannot be cut into 3 parts" in capsys.readouterr().err
+
+
 def test_verify_passes_and_fails_by_exit_status(
     tiny_bert: Path, exported_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,8 +84,8 @@ def test_profile_prints_what_it_wrote(exported_copy: Path, capsys: pytest.Captur
     [
         ([], 2, "Usage"),
         (["exprot"], 2, "No such command"),
-        (["export", "minilm"], 2, "--out"),
-        (["export", "minilm", "--out", "x", "--precision", "float8"], 2, "float8"),
+        (["export", "minilm", "--out", "x", "--precision", "float8"], 2, "'float8' is not one of fp32, fp16, int8"),
+        (["export", "minilm", "--out", "x", "--cut", "0"], 2, "--cut"),
         (["export", "minilm", "--out", "x", "--opset", "12"], 2, "12"),
         (["export", "./nowhere", "--out", "x"], 2, "neither a directory"),
         (["verify", "nowhere", "minilm"], 2, "export the model first"),

@@ -12,16 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from models import directory
+from models.adapters.piece import Cut, Piece
 from models.checkpoint import resolve
-from models.errors import CheckpointError, ExportFailed, NotEnoughSpace
-from models.export import Exported, Wanted, export, exported_precisions, needed_bytes, unchanged
-from models.manifest import MANIFEST_NAME, ManifestError, check_files, load, save
+from models.errors import CheckpointError, ExportFailed, NotEnoughSpace, UnsupportedCheckpoint
+from models.export import Exported, Wanted, Writer, export, exported_precisions, needed_bytes, unchanged
+from models.manifest import MANIFEST_NAME, ManifestError, StageSpec, TensorSpec, check_files, load, save
 from tests.models import tiny
 from tests.models.conftest import EVERY
 
+_X = TensorSpec(name="x", datatype="FP32", shape=("batch", 3))
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -118,6 +121,10 @@ def _other_opset(_: Path) -> Wanted:
     return Wanted(opset=20, weights="seeded")
 
 
+def _other_parts(_: Path) -> Wanted:
+    return Wanted(parts=2, weights="seeded")
+
+
 def _other_label(_: Path) -> Wanted:
     return Wanted(weights="trained")
 
@@ -139,7 +146,9 @@ def _missing_manifest(out: Path) -> Wanted:
     return EVERY
 
 
-@pytest.mark.parametrize("change", [_other_opset, _other_label, _other_library, _truncated_file, _missing_manifest])
+@pytest.mark.parametrize(
+    "change", [_other_opset, _other_parts, _other_label, _other_library, _truncated_file, _missing_manifest]
+)
 def test_what_makes_an_export_stale(change: Any, tiny_bert: Path, exported_copy: Path) -> None:
     checkpoint = resolve(str(tiny_bert))
     assert unchanged(exported_copy, checkpoint, EVERY) is not None
@@ -161,6 +170,32 @@ def test_int8_alone_keeps_no_float32_and_asking_for_more_takes_nothing_away(tiny
     second = export(str(tiny_bert), tmp_path, Wanted(precisions=("float32",)))
     assert second.written
     assert exported_precisions(second.manifest) == {"int8", "float32"}
+
+
+def test_every_graph_made_is_counted(tiny_bert: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    wanted = Wanted(precisions=("float16", "int8"), parts=2)
+    export(str(tiny_bert), tmp_path, wanted, made=lambda done, total: told.append((done, total)))
+    assert told == [(i, 4) for i in range(5)]
+
+
+def test_a_precision_without_a_tolerance_is_refused(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.adapters.bert.TOLERANCES", {"float32": 1e-4})
+    with pytest.raises(UnsupportedCheckpoint, match="bert has no stages in int8; supported: float32"):
+        export(str(tiny_bert), tmp_path, Wanted(precisions=("int8",)))
+
+
+def test_arrays_become_files_that_need_no_pickle(tmp_path: Path) -> None:
+    table, heads = np.arange(6, dtype=np.float32).reshape(2, 3), {"w1": np.ones((3, 2)), "b1": np.zeros(2)}
+    spec = StageSpec(name="head", tier="light", processor="project", inputs=(_X,), outputs=(_X,))
+    piece = Piece(spec, assets={"head-table.npy": table, "head.npz": heads, "head.txt": b"text"})
+    cut = Cut("None", "none", (piece,), {}, {}, {"float32": 0.0})
+    (stage,) = Writer(cut, ("int8",), 23, tmp_path, lambda _: None, lambda _, __: None).stages()
+    assert [file.path for file in stage.files["float32"]] == ["head-table.npy", "head.npz", "head.txt"]
+    assert np.array_equal(np.load(tmp_path / "head-table.npy", mmap_mode="r", allow_pickle=False), table)
+    with np.load(tmp_path / "head.npz", allow_pickle=False) as found:
+        assert all(np.array_equal(found[name], array) for name, array in heads.items())
+    assert check_files(stage, "float32", tmp_path)[2].read_bytes() == b"text"
 
 
 def test_a_failed_export_leaves_what_was_there(tiny_bert: Path, exported_copy: Path, tmp_path: Path) -> None:
@@ -229,7 +264,9 @@ def test_a_full_disk_is_refused_before_anything_is_loaded(tmp_path: Path) -> Non
     directory.check_space(tmp_path, 1)
     with pytest.raises(NotEnoughSpace, match="name another directory with --out"):
         directory.check_space(tmp_path, 1 << 60)
-    assert needed_bytes(100 << 20, ("float32", "int8")) > needed_bytes(100 << 20, ("float32",)) > 100 << 20
+    needed = [needed_bytes(100 << 20, 0, p) for p in (("float32",), ("float16",), ("float32", "float16"), ("int8",))]
+    assert 100 << 20 < needed[0] < needed[1] == needed[2] < needed[3]
+    assert needed_bytes(100 << 20, 7, ("float32",)) == needed[0] + 7
 
 
 def test_the_checkpoint_itself_is_never_written_to(tiny_bert: Path) -> None:

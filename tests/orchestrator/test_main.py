@@ -350,6 +350,45 @@ def test_a_model_is_exported_in_as_many_parts_and_precisions_as_the_file_says() 
     assert "--cut" not in export_words(load().testbed.models["tiny"], Path("there/tiny"))
 
 
+@pytest.mark.parametrize(
+    ("words", "handed_on"),
+    [
+        (["export", "clip-tiny"], ["export", "clip-tiny", "--models-dir", "out/models"]),
+        (
+            ["export", "a/dir", "--cut", "2", "--precision", "fp16", "--precision", "int8", "--out", "x", "--force"],
+            [
+                "export",
+                "a/dir",
+                "--models-dir",
+                "out/models",
+                "--cut",
+                "2",
+                "--out",
+                "x",
+                "--precision",
+                "fp16",
+                "--precision",
+                "int8",
+                "--force",
+            ],
+        ),
+        (["verify", "clip-tiny", "a/dir"], ["verify", "clip-tiny", "a/dir", "--models-dir", "out/models"]),
+        (["profile", "clip-tiny", "--quick"], ["profile", "clip-tiny", "--models-dir", "out/models", "--quick"]),
+    ],
+)
+def test_a_command_for_one_model_is_handed_on(words: list[str], handed_on: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("orchestrator.__main__._models", lambda *arguments: asked.append(arguments))
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert asked == [tuple(handed_on)]
+
+
+def test_a_testbed_says_itself_how_its_models_are_exported() -> None:
+    result = CliRunner().invoke(main, ["export", "deploy/testbeds/demo.yaml", "--cut", "2"])
+    assert result.exit_code == 2
+    assert "says of each model how it is exported; --cut is for one MODEL" in result.stderr
+
+
 def test_info_tells_versions_and_providers() -> None:
     result = CliRunner().invoke(main, ["info", "-o", "json"])
     found = json.loads(result.stdout)
