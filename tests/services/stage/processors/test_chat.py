@@ -68,6 +68,12 @@ BOTH = (
     "{% endif %}\n"
     "{% endfor %}"
 )
+INDENTED = """{{ bos_token }}
+    {% for message in messages %}
+  {{ message.content }}
+    {% endfor %}
+    {# a remark #}
+end"""
 DATED = "{{ strftime_now('%Y') }} {{ messages[0].content }}"
 
 
@@ -143,6 +149,7 @@ CONVERSATIONS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "an image and a question": (LLAVA, [says("user", [IMAGE, {"type": "text", "text": "What is this?"}])]),
     "two parts of text": (LLAVA, [says("user", [{"type": "text", "text": "What"}, {"type": "text", "text": "is this?"}])]),
     "a template that takes both": (BOTH, [says("user", "text"), says("user", [IMAGE, {"type": "text", "text": "part"}])]),
+    "indented blocks": (INDENTED, TALK),
     "the year": (DATED, [says("user", "now")]),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -150,7 +151,8 @@ FILES: dict[str, bytes] = {
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # transformers' way says so; ours need not
 @pytest.mark.parametrize("name", FILES)
 def test_pixels_are_the_processors_own(name: str) -> None:
-    ours = run(PREPROCESS, FILES[name])
+    with warnings.catch_warnings(action="error"):
+        ours = run(PREPROCESS, FILES[name])
     assert ours.shape == (1, 3, 32, 32)
     assert ours.dtype == np.float32
     assert np.abs(ours - reference(FILES[name])).max() <= TOLERANCE
