@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from models.manifest import ServiceLaw
 from services.dataplane.batching import DeadlineQueue, Waiting
-from services.dataplane.service_time import ServiceEstimate
+from services.dataplane.service_time import DOUBTS, ServiceEstimate
 
 WINDOW = 64
 """Answers looked back on for how many tokens they take."""
@@ -56,16 +56,21 @@ class GenerationEstimate:
         self.prefill = ServiceEstimate(prefill)
         self.step = ServiceEstimate(step)
         self._shares: deque[float] = deque(maxlen=WINDOW)
+        self._doubts = 0
 
     def answered(self, tokens: int, allowed: int) -> None:
         """Take in a finished sequence: it made `tokens` of at most `allowed`."""
         self._shares.append(tokens / allowed)
+        self._doubts = 0
 
     def doubt(self) -> None:
-        """A task was dropped because of this estimate; see `ServiceEstimate.doubt`."""
+        """A task was dropped because of this estimate; see `ServiceEstimate.doubt`. Of the lengths too the oldest go."""
         self.prefill.doubt()
-        if self._shares:
-            self._shares.popleft()
+        self._doubts += 1
+        if self._doubts >= DOUBTS:
+            self._doubts = 0
+            for _ in range(min(DOUBTS, len(self._shares))):
+                self._shares.popleft()
 
     def tokens(self, allowed: int) -> float:
         """Tokens to expect of an answer that may have `allowed`; at least 1."""

@@ -55,7 +55,7 @@ class Pace:
 
     def to_parameter(self) -> dict[str, int | None]:
         """As the next hop reads it [µs]."""
-        return {"token": None if self.token_s is None else int(self.token_s * 1e6), "stall": int(self.stall_s * 1e6)}
+        return {"token": None if self.token_s is None else round(self.token_s * 1e6), "stall": round(self.stall_s * 1e6)}
 
     @classmethod
     def from_parameter(cls, value: Any) -> Pace | None:
@@ -69,7 +69,7 @@ class Pace:
         token, stall = (value.get("token"), value.get("stall")) if isinstance(value, dict) else (None, None)
         if type(stall) is not int or stall <= 0 or not (token is None or (type(token) is int and token > 0)):
             raise BadRequest(f"parameters.{PARAMETER} is malformed; only a gateway makes one, leave it out")
-        return cls(None if token is None else token * 1e-6, stall * 1e-6)
+        return cls(None if token is None else token / 1e6, stall / 1e6)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from services.stage.worker import Result
 
 _WARM_LENGTHS = (8, 64)
 _WARM_RUNS = 3
+_STOPPING = "the stage is stopping"
 
 
 @dataclass(slots=True, eq=False)
@@ -184,6 +185,8 @@ class GenerationWorker:
         task = _Task(self._processor.rows(inputs), until, until.due - reserve_s, streamed, token_s)
         length = max(len(row.prompt) for row in task.rows)
         with self._wake:
+            if self._stopped:
+                raise NoReplica(_STOPPING)
             if self.queue.full:
                 self._metrics.dropped("queue_full")
                 raise QueueFull(
@@ -240,7 +243,9 @@ class GenerationWorker:
             except Exception as error:  # told to every task of the batch, whatever it was; the loop goes on with the next ones
                 self._failed(self._members, error)
                 batch, self._members = None, ()
-        self._failed(self._members, NoReplica("the stage is stopping"))
+        with self._wake:
+            waiting = self.queue.most_urgent(len(self.queue))
+        self._failed([*self._members, *(each.task for each in waiting)], NoReplica(_STOPPING))
 
     def _cleared(self, batch: Batch | None) -> Batch | None:
         """The batch without those who have left, are done, or whose deadline for a whole answer has passed."""

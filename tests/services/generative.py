@@ -36,6 +36,8 @@ class Paced:
         self.runs = 0
         """Since the first `hold`."""
         self.batches: list[int] = []
+        self.broken = 0
+        """Runs over so many new tokens fail."""
         self.waits = threading.Event()
         """A run is waiting to be allowed."""
         self._graph = graph
@@ -63,6 +65,8 @@ class Paced:
         if self._counts:
             self.runs += 1
             self.batches.append(len(inputs["attention_mask"]))
+        if inputs["inputs_embeds"].shape[1] == self.broken:
+            raise ZeroDivisionError
         return self._graph.run(inputs, outputs)
 
     def describe(self) -> dict[str, Any]:
