@@ -24,7 +24,8 @@ from services.dataplane.wire import Array
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What is decoded; Pillow knows many more, and every decoder is a door."""
 MAX_PIXELS = 1 << 24
-"""Largest image, before and after resizing: 16.8 megapixels, which Pillow holds in 64 MiB, and in twice that while it turns."""
+"""Largest image, before and after resizing: 16.8 megapixels. Pillow holds one in 64 MiB, and two of them while it is turned or
+made RGB."""
 EXAMPLE = (640, 480)
 """Width and height of the image a stage is warmed up with."""
 
@@ -106,8 +107,11 @@ class Preprocess:
         if image.mode != "RGB":
             image = image.convert("RGB")
         if self._transparent and image.info.get("transparency") is not None:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+            # One colour is to be seen through, all others not at all, so this is a choice and no blending.
+            opaque = image.convert("RGBA").getchannel("A")
+            white = Image.new("RGB", image.size, "white")
+            white.paste(image, mask=opaque)
+            image = white
         image.load()
         return image
 

@@ -20,8 +20,8 @@ from services.dataplane.wire import Array
 from services.stage.processors.pool import unit
 
 SELECTIONS = ("first", "eos", "patches", "all")
-INLINE_FLOP = 4e6
-"""Multiplications of one item up to which a run belongs in the event loop: about a millisecond of one core."""
+INLINE_FLOP = 1e7
+"""Multiplications of one item up to which a run belongs in the event loop: a third of a millisecond of one core."""
 
 
 @dataclass(frozen=True, slots=True)
