@@ -109,7 +109,7 @@ def logits(ids: Sequence[int], *, image: Array | None = None, states: Array | No
     embedding, head, place = weights()
     x = embedding[list(ids)].copy()
     if image is not None:
-        x[np.array(ids) == IMAGE_TOKEN] = image
+        x[np.flatnonzero(np.array(ids) == IMAGE_TOKEN)[:IMAGE_TOKENS]] = image
     if states is not None:
         x += learned_positions()[: len(ids)]
     else:
