@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -81,7 +81,7 @@ class _TextRequest(Sampling):
 class CompletionRequest(_TextRequest):
     """Body of `POST /v1/completions`."""
 
-    prompt: str | list[str] = Field(min_length=1)
+    prompt: str | Annotated[list[str], Field(min_length=1)]
 
 
 class ChatRequest(_TextRequest):

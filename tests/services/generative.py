@@ -264,11 +264,11 @@ class House:
         return self.gateway.metrics.exposition().decode()
 
 
-def generator(directory: Path, **options: Any) -> tuple[StageSpec, Generate, Paced]:
+def generator(directory: Path, *, kind: type[Paced] = Paced, **options: Any) -> tuple[StageSpec, Generate, Paced]:
     """The decoder with a graph that can be held."""
     spec, files = decoder.write(directory, **options)
     by_name = {path.name: path for path in files}
-    graph = Paced(open_graph(files[0], 1))
+    graph = kind(open_graph(files[0], 1))
     cross = by_name.get("generate-cross.float32.onnx")
     positions = by_name.get("generate-positions.npy")
     processor = Generate(
@@ -294,9 +294,10 @@ async def served(
     token_deadline_s: float | None = None,
     max_batch: int = 4,
     queue_capacity: int = 16,
+    elsewhere: Mapping[str, str] | None = None,
     **options: Any,
 ) -> AsyncIterator[House]:
-    """Stages and a gateway over the four pipelines."""
+    """Stages and a gateway over the four pipelines; of services that are `elsewhere`, by their address, there are two."""
     house = House()
     made: dict[str, tuple[StageSpec, Processor]] = {
         "tokenise": (TOKENISE, Letters()),
@@ -305,14 +306,15 @@ async def served(
         "listen": (LISTEN, Ears("audio", "last_hidden_state", decoder.POSITIONS)),
         "look": (LOOK, Ears("image", "image_embedding", decoder.IMAGE_TOKENS)),
     }
-    for name, kind in (("generate", {}), ("see", {"image": True}), ("hear", {"encoder": True})):
-        spec, decoding, graph = generator(directory / name, max_batch=max_batch, **kind)
+    for name, image, encoder in (("generate", False, False), ("see", True, False), ("hear", False, True)):
+        spec, decoding, graph = generator(directory / name, max_batch=max_batch, image=image, encoder=encoder)
         made[name] = spec, decoding
         house.graphs[name] = graph
     async with AsyncExitStack() as stack:
         for name, (spec, processor) in made.items():
             house.replicas[name] = replica(spec, processor, name, queue_capacity=queue_capacity)
             (house.stages[name],) = await stack.enter_async_context(harness.stages(house.replicas[name]))
+        house.stages |= elsewhere or {}
         house.routes = Routes(
             version=1,
             testbed="test",
