@@ -78,7 +78,7 @@ def looks_at(checkpoint: Checkpoint, config: Any) -> str:
     layer = config.vision_feature_layer
     if isinstance(layer, int) and layer >= 0:
         layer -= int(config.vision_config.num_hidden_layers) + 1  # the first of all hidden states are the embeddings
-    if layer not in _STATES:
+    if isinstance(layer, list) or layer not in _STATES:
         raise UnsupportedCheckpoint(
             f"{checkpoint.source}: vision_feature_layer is {config.vision_feature_layer}; supported: the last two layers"
         )

@@ -41,7 +41,7 @@ def greedy(
             mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.int64)], dim=1)
             place = places[:, -1:] + len(made)
             logits = _through(parts, embed(first, made[-1][:, None], place), mask, place)
-    return torch.stack(made, dim=1).tolist()  # type: ignore[no-any-return]
+    return torch.stack(made, dim=1).tolist()
 
 
 def embed(first: Piece, ids: Tensor, places: Tensor) -> Tensor:
