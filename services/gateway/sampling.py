@@ -27,28 +27,28 @@ class Sampling(BaseModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
 
     def tensors(self, plan: Plan, items: int) -> dict[str, Tensor]:
-        """The inputs these make, by reference; defaults where nothing is said.
+        """The inputs that these make, by reference.
 
         A sampled answer without a seed gets one of chance: asked twice, it is another answer.
 
         Raises:
             BadRequest: the pipeline does not take what the request says.
         """
+        chance = secrets.randbits(63) if self.temperature and self.seed is None and "seed" in plan.optional else None
         said = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "seed": self.seed if self.seed is not None or not self.temperature else secrets.randbits(63),
+            "seed": self.seed if chance is None else chance,
         }
         made = {}
         for name, value in said.items():
-            spec = plan.inputs.get(name) if name in plan.optional else None
-            if spec is None:
-                if getattr(self, name) is not None:
-                    raise BadRequest(f"{name}: pipeline {plan.pipeline.name!r} does not take it; leave it out")
+            if value is None:
                 continue
-            array = np.full(items, spec.default if value is None else value, wire.DTYPES[spec.datatype])
-            made[f"request.{name}"] = Tensor(name, spec.datatype, array)
+            if name not in plan.optional:
+                raise BadRequest(f"{name}: pipeline {plan.pipeline.name!r} does not take it; leave it out")
+            spec = plan.inputs[name]
+            made[f"request.{name}"] = Tensor(name, spec.datatype, np.full(items, value, wire.DTYPES[spec.datatype]))
         return made
 
 

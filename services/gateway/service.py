@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from models.manifest import BATCH_AXIS, TensorSpec
+from models.manifest import BATCH_AXIS
 from services.dataplane import deadline, itinerary, wire
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import (
@@ -26,6 +26,7 @@ from services.dataplane.errors import (
     TooLarge,
     UpstreamFailed,
 )
+from services.dataplane.pipeline import name_of
 from services.dataplane.routing import RetryBudget, RouteBook
 from services.dataplane.streams import Pace
 from services.dataplane.wire import Limits, Message, Tensor
@@ -150,7 +151,7 @@ class GatewayService:
 
         Args:
             plan: the pipeline.
-            tensors: the request's tensors by reference.
+            tensors: the request's tensors by reference; those with a default may be missing.
             until: its deadline.
             trace: headers to pass on.
         """
@@ -162,6 +163,8 @@ class GatewayService:
                 raise QueueFull(f"the gateway holds {self._max_in_flight} tasks already", retry_after_s=1.0)
             table = self.table
             self._walker.admit(table, plan, until)
+            if plan.optional:
+                tensors = _filled(plan, tensors)
             bag, hops = await self._walker.run(table, plan, tensors, until, trace)
             now = time.monotonic()
             outcome = "on_time" if now <= until.due else "late"
@@ -211,7 +214,7 @@ class GatewayService:
                 raise QueueFull(f"the gateway holds {self._max_in_flight} tasks already", retry_after_s=1.0)
             table = self.table
             self._walker.admit(table, plan, until)
-            async with aclosing(self._walker.stream(table, plan, tensors, until, pace, trace)) as states:
+            async with aclosing(self._walker.stream(table, plan, _filled(plan, tensors), until, pace, trace)) as states:
                 async for bag, hops in states:
                     now = time.monotonic()
                     if not first:
@@ -309,18 +312,24 @@ def _inputs(plan: Plan, message: Message) -> dict[str, Tensor]:
         if tensor.array.ndim != len(spec.shape):
             raise BadRequest(f"input {tensor.name!r} must have shape {list(spec.shape)}, not {list(tensor.array.shape)}")
     for name in plan.inputs:
-        if f"request.{name}" not in tensors:
-            if name not in plan.optional:
-                raise BadRequest(f"input {name!r} of pipeline {plan.pipeline.name!r} is missing")
-            tensors[f"request.{name}"] = _default(plan.inputs[name], plan, message)
+        if f"request.{name}" not in tensors and name not in plan.optional:
+            raise BadRequest(f"input {name!r} of pipeline {plan.pipeline.name!r} is missing")
     return tensors
 
 
-def _default(spec: TensorSpec, plan: Plan, message: Message) -> Tensor:
-    """What an input that was left out is for every item. The items are counted on the first tensor that has any."""
-    items = next((t.array.shape[axis] for t in message.tensors if (axis := plan.inputs[t.name].batch_axis) is not None), 1)
-    shape = [items if n == BATCH_AXIS else 1 if isinstance(n, str) else n for n in spec.shape]
-    return Tensor(spec.name, spec.datatype, np.full(shape, spec.default, wire.DTYPES[spec.datatype]))
+def _filled(plan: Plan, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors, and of every input that was left out its default, for as many items as there are."""
+    left_out = [plan.inputs[name] for name in plan.optional if f"request.{name}" not in tensors]
+    if not left_out:
+        return tensors
+    given = ((tensor.array.shape, plan.inputs[name_of(ref)].batch_axis) for ref, tensor in tensors.items())
+    items = next((shape[axis] for shape, axis in given if axis is not None), 1)
+    filled = dict(tensors)
+    for spec in left_out:
+        shape = [items if n == BATCH_AXIS else 1 if isinstance(n, str) else n for n in spec.shape]
+        array = np.full(shape, spec.default, wire.DTYPES[spec.datatype])
+        filled[f"request.{spec.name}"] = Tensor(spec.name, spec.datatype, array)
+    return filled
 
 
 def _wanted(plan: Plan, message: Message) -> tuple[str, ...]:

@@ -399,9 +399,6 @@ async def test_d27_time_in_which_the_client_does_not_read_is_not_waited_for(tmp_
         request = {
             "request.text": openai.texts("text", [b"ade"]),
             "request.max_tokens": Tensor("max_tokens", "INT64", np.array([20])),
-            "request.temperature": Tensor("temperature", "FP32", np.zeros(1, np.float32)),
-            "request.top_p": Tensor("top_p", "FP32", np.ones(1, np.float32)),
-            "request.seed": Tensor("seed", "INT64", np.zeros(1, np.int64)),
         }
         states = service.stream(plan, request, Deadline(asyncio.get_running_loop().time(), 20.0), {})
         served.graph.hold()

@@ -27,7 +27,11 @@ WRITE = Pipeline(
     deadline_s=30.0,
     epsilon=0.05,
     steps=(
-        Step(id="tokenise", service="tokenise", inputs={"text": "request.prompt"}),
+        Step(
+            id="tokenise",
+            service="tokenise",
+            inputs={"text": "request.prompt", "add_special_tokens": "request.add_special_tokens"},
+        ),
         Step(
             id="generate",
             service="generate",
