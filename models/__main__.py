@@ -26,13 +26,15 @@ from models.errors import CheckpointError, ModelsError
 from models.manifest import MANIFEST_NAME, ManifestError, Precision
 
 if TYPE_CHECKING:
-    from models.manifest import Manifest, Weights
+    from models.manifest import Manifest, StageProfile, StageSpec, Weights
     from models.verification.figures import Verdict
 
 OK, MISSED, BAD_USAGE, SETUP_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 MODELS = Path("out/models")
 SHORT: dict[str, Precision] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 """What a precision may be called besides its own name."""
+DETERMINISTIC = 0.01
+"""Squared coefficient of variation below which a service time is called near deterministic: it strays by less than 10 %."""
 
 _stderr = Console(stderr=True, highlight=False)
 _models_dir = click.option(
@@ -61,6 +63,24 @@ class _Precision(click.ParamType[Precision]):
         if found not in get_args(Precision):
             self.fail(f"{value!r} is not one of {', '.join(SHORT)}", param, ctx)
         return found
+
+
+class _Threads(click.ParamType[tuple[int, ...]]):
+    """Numbers of threads, separated by commas."""
+
+    name = "threads"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        del param, ctx
+        return "N[,N...]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = str(value).split(",")
+        if not all(word.isdecimal() and int(word) > 0 for word in words):
+            self.fail(f"{value!r} is not one or several numbers of threads, as in 1,2", param, ctx)
+        return tuple(dict.fromkeys(int(word) for word in words))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,21 +255,56 @@ def _source(directory: Path) -> str:
 @_commands.command()
 @click.argument("model")
 @_models_dir
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Intra-op threads of the replica.")
+@click.option(
+    "--threads", type=_Threads(), default="1", show_default=True, help="Intra-op threads of the replica; several: 1,2,4."
+)
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds over all points; 5, or 3 with --quick.")
-@click.option("--quick", is_flag=True, help="Fewer batch sizes and lengths.")
+@click.option("--quick", is_flag=True, help="Fewer batch sizes, lengths and tasks.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the profile into this PNG or SVG [default: profile.svg beside the manifest, where matplotlib is installed].",
+)
 @_output
-def profile(*, model: str, models_dir: Path, threads: int, repeats: int | None, quick: bool, output: str) -> int:
-    """Measure service time, memory and load time of the stages of MODEL, and write them into its manifest."""
+def profile(
+    *,
+    model: str,
+    models_dir: Path,
+    threads: tuple[int, ...],
+    repeats: int | None,
+    quick: bool,
+    plot: Path | None,
+    output: str,
+) -> int:
+    """Measure service time, memory and load time of the stages of MODEL, and write them into its manifest.
+
+    MODEL is the directory of an export, or its name below the models' directory. Of core stages the law of their service time
+    is fitted, of light ones its distribution over tasks of every usual size.
+    """
+    from models import plot as plotting  # noqa: PLC0415
     from models import profile as profiling  # noqa: PLC0415
 
+    if plot is not None and not plotting.available():
+        raise click.UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     directory = _directory(model, models_dir)
     grid = profiling.QUICK if quick else profiling.Grid()
     grid = dataclasses.replace(grid, threads=threads, rounds=repeats or grid.rounds)
+    left_out: list[str] = []
     with _stderr.status(f"looking at {directory}") as status:
-        manifest = profiling.profile(directory, grid, status.update)
+
+        def report(text: str) -> None:
+            status.update(text)
+            left_out.extend([text] if text.startswith("leaving out") else [])
+
+        manifest = profiling.profile(directory, grid, report)
+    for line in left_out:
+        _stderr.print(line, markup=False, soft_wrap=True)
     for table in _profile_tables(manifest):
         _stderr.print(table)
+    if plotting.available():
+        plot = plot or directory / "profile.svg"
+        plotting.draw(manifest, plot)
+        _stderr.print(f"drawn: {plot}", markup=False, soft_wrap=True)
     if output == "json":
         profiles = {stage.name: _dump(stage)["profile"] for stage in manifest.stages if stage.profile}
         _print_json({"model": manifest.model, "stages": profiles})
@@ -283,22 +338,50 @@ def _verdict_table(verdict: Verdict) -> Table:
 
 
 def _profile_tables(manifest: Manifest) -> list[Table]:
-    tables = []
+    """A table for each core stage, precision and number of threads; one for all light stages."""
+    tables = [
+        _core_table(stage, precision, one)
+        for stage in manifest.stages
+        if stage.tier == "core"
+        for precision, found in stage.profile.items()
+        for one in (found, *found.other_threads)
+    ]
+    light = Table("stage", "tasks", "mean [ms]", "p50 [ms]", "p95 [ms]", "cv²", "KS", "at 1 %", "Gamma")
+    light.title = "light stages, one task at a time, of every usual size"
     for stage in manifest.stages:
-        for precision, found in stage.profile.items():
-            table = Table("batch", "length", "mean [ms]", "p50 [ms]", "p95 [ms]", "p99 [ms]", "law [ms]", "samples")
-            table.title = f"{stage.name} {precision}, {found.threads} thread(s), {found.cpu}"
-            law = found.law
-            line = f"t(u) = {law.base_s * 1e3:.3f} ms + {law.per_unit_s * 1e6:.1f} µs u, tail ×{law.tail_ratio:.2f}"
-            table.caption = f"{line}; resident {found.resident_bytes / 1e6:.0f} MB, load {found.load_s:.2f} s"
-            if found.disturbed_runs:
-                table.caption += f"; {found.disturbed_runs} disturbed runs left out"
-            for point in found.points:
-                predicted = law.mean_s(point.batch * point.length)
-                times = (point.mean_s, point.p50_s, point.p95_s, point.p99_s, predicted)
-                table.add_row(str(point.batch), str(point.length), *(f"{t * 1e3:.2f}" for t in times), str(point.samples))
-            tables.append(table)
-    return tables
+        gamma = next((found.gamma for found in stage.profile.values()), None)
+        if gamma is not None:
+            median_s, tail_s = gamma.quantiles_s[len(gamma.quantiles_s) // 2], gamma.quantiles_s[-1]
+            times = (f"{t * 1e3:.3f}" for t in (gamma.mean_s, median_s, tail_s))
+            fit = (f"{gamma.cv2:.3f}", f"{gamma.distance:.3f}", f"{gamma.critical:.3f}")
+            verdict = "[yellow]rejected" if gamma.rejected else "not rejected"
+            light.add_row(stage.name, str(gamma.samples), *times, *fit, verdict)
+    return [*tables, *([light] if light.row_count else [])]
+
+
+def _core_table(stage: StageSpec, precision: Precision, found: StageProfile) -> Table:
+    table = Table("batch", "length", "mean [ms]", "p50 [ms]", "p95 [ms]", "p99 [ms]", "law [ms]", "cv²", "samples")
+    table.title = f"{stage.name} {precision}, {found.threads} thread(s), {found.cpu}"
+    for point in found.points:
+        predicted = found.law.mean_s(stage.units(stage.inputs[0].sized(point.batch, point.length)))
+        times = (f"{t * 1e3:.2f}" for t in (point.mean_s, point.p50_s, point.p95_s, point.p99_s, predicted))
+        spread = f"{(point.std_s / point.mean_s) ** 2:.4f}"
+        table.add_row(str(point.batch), str(point.length), *times, spread, str(point.samples))
+    law = found.law
+    lines = [f"t(u) = {law.base_s * 1e3:.3f} ms + {law.per_unit_s * 1e6:.1f} µs u, tail ×{law.tail_ratio:.2f}"]
+    if found.generation is not None:
+        read, step = found.generation.prefill, found.generation.step
+        lines += [
+            f"answers of {found.generation.tokens} tokens",
+            f"reading {read.base_s * 1e3:.2f} ms + {read.per_unit_s * 1e6:.1f} µs a token of the prompt",
+            f"each further token {step.base_s * 1e3:.2f} ms + {step.per_unit_s * 1e6:.2f} µs a token so far",
+        ]
+    steady = "near deterministic" if found.cv2 < DETERMINISTIC else "not deterministic"
+    lines.append(f"cv² {found.cv2:.4f}, {steady}; resident {found.resident_bytes / 1e6:.0f} MB, load {found.load_s:.2f} s")
+    if found.disturbed_runs:
+        lines.append(f"{found.disturbed_runs} disturbed runs left out")
+    table.caption = "\n".join(lines)
+    return table
 
 
 if __name__ == "__main__":

@@ -66,6 +66,10 @@ class TensorSpec(_Document):
         """Index of the batch axis, or None for a tensor that belongs to a whole task (label texts, say)."""
         return self.shape.index(BATCH_AXIS) if BATCH_AXIS in self.shape else None
 
+    def sized(self, batch: int, length: int) -> tuple[int, ...]:
+        """The shape of a batch of so many items whose other symbolic axes all have that length."""
+        return tuple(axis if isinstance(axis, int) else batch if axis == BATCH_AXIS else length for axis in self.shape)
+
 
 class ModelFile(_Document):
     """A file of a stage, relative to the manifest."""
@@ -139,6 +143,45 @@ class ServiceLaw(_Document):
         return self.mean_s(units) * self.tail_ratio
 
 
+class GammaFit(_Document):
+    """Service times of tasks of every usual size, one at a time, as a Gamma distribution; fitted by greatest likelihood.
+
+    Density x^(k-1) exp(-x / theta) / (Gamma(k) theta^k) of a service time x [s], with shape k and theta = mean_s / k [s], so
+    that the squared coefficient of variation is 1 / k.
+    """
+
+    samples: int = Field(ge=2)
+    mean_s: float = Field(gt=0)
+    shape: float = Field(gt=0)
+    distance: float = Field(ge=0, le=1)
+    """Kolmogorov-Smirnov distance of the sample from the fit, and"""
+    critical: float = Field(ge=0, le=1)
+    """the distance that a sample of the fit exceeds once in a hundred times."""
+    quantiles_s: tuple[float, ...] = ()
+    """Of the sample, at 5 %, 10 %, ... 95 %."""
+
+    @property
+    def cv2(self) -> float:
+        """Squared coefficient of variation."""
+        return 1 / self.shape
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the times are too far from the fit for chance, at the level of 1 %."""
+        return self.distance > self.critical
+
+
+class GenerationLaw(_Document):
+    """Time of an answer made token by token: prefill(batch x prompt tokens) and a step(batch x tokens so far) for each further.
+
+    The points of its profile are whole answers of `tokens` tokens.
+    """
+
+    prefill: ServiceLaw
+    step: ServiceLaw
+    tokens: int = Field(ge=1)
+
+
 class StageProfile(_Document):
     """What one replica of a stage needs, measured on one machine with `threads` intra-op threads."""
 
@@ -152,6 +195,23 @@ class StageProfile(_Document):
     """Runs left out of the points because other processes held the CPU meanwhile."""
     threads: int = Field(ge=1)
     cpu: str
+    gamma: GammaFit | None = None
+    """Of a light stage: how its service time varies from task to task."""
+    generation: GenerationLaw | None = None
+    """Of a stage that generates."""
+    other_threads: tuple[StageProfile, ...] = ()
+    """The same with other numbers of threads, where those were measured."""
+
+    @property
+    def cv2(self) -> float:
+        """Squared coefficient of variation of the service time at one size, mean over the points by their samples."""
+        samples = sum(point.samples for point in self.points)
+        return math.fsum((point.std_s / point.mean_s) ** 2 * point.samples for point in self.points) / samples
+
+    @property
+    def task_cv2(self) -> float:
+        """Squared coefficient of variation of the service time from task to task: with their sizes, where that was measured."""
+        return self.cv2 if self.gamma is None else self.gamma.cv2
 
 
 class StageSpec(_Document):

@@ -192,7 +192,7 @@ def _profile(manifest: Manifest, parts: Sequence[tuple[StageSpec, StageProfile]]
         tail_ratio=max(part.law.tail_ratio for _, part in parts),
     )
     mean_s = math.fsum(means)
-    spread_s = math.sqrt(math.fsum(_cv2(part) * mean**2 for (_, part), mean in zip(parts, means, strict=True)))
+    spread_s = math.sqrt(math.fsum(part.task_cv2 * mean**2 for (_, part), mean in zip(parts, means, strict=True)))
     heaviest = parts[max(range(len(parts)), key=lambda i: means[i])][1]
     resident = sum(part.resident_bytes for _, part in parts) - (len(parts) - 1) * BARE_BYTES
     point = ServicePoint(
@@ -206,6 +206,8 @@ def _profile(manifest: Manifest, parts: Sequence[tuple[StageSpec, StageProfile]]
             "resident_bytes": max(resident, *(part.resident_bytes for _, part in parts)),
             "load_s": math.fsum(part.load_s for _, part in parts),
             "disturbed_runs": sum(part.disturbed_runs for _, part in parts),
+            "gamma": None,
+            "other_threads": (),
         }
     )
 
@@ -214,9 +216,3 @@ def _length(manifest: Manifest, tensor: TensorSpec) -> int:
     """Product of a tensor's symbolic axes but the batch, at typical lengths: units of one item."""
     typical: Mapping[str, int] = manifest.typical_length
     return math.prod(typical.get(axis, 1) for axis in tensor.shape if isinstance(axis, str) and axis != BATCH_AXIS)
-
-
-def _cv2(profile: StageProfile) -> float:
-    """Squared coefficient of variation of the points, each by its samples."""
-    samples = sum(point.samples for point in profile.points)
-    return math.fsum((point.std_s / point.mean_s) ** 2 * point.samples for point in profile.points) / samples
