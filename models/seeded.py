@@ -23,6 +23,7 @@ from models.hugging_face import quiet
 CATALOGUE: Mapping[str, str] = {
     "clip-tiny": "clip",
     "clip-small": "clip",
+    "clip-vitb32": "clip",
     "classifier-ci": "classifier",
     "lm-ci": "language",
     "lm-demo": "language",
@@ -30,8 +31,10 @@ CATALOGUE: Mapping[str, str] = {
     "asr-demo": "speech",
     "vlm-ci": "vision_language",
     "vlm-demo": "vision_language",
+    "vlm-vitb32": "vision_language",
 }
-"""Name -> module of `models.presets` that builds it. `ci` and `tiny` are for tests, the others for a demonstration."""
+"""Name -> module of `models.presets` that builds it. `ci` and `tiny` are for tests, `small` and `demo` for a demonstration, and
+`vitb32` has the size of the CLIP of that name."""
 ROOT_VARIABLE = "ESPALIER_CHECKPOINTS"
 MARK = "seeded.json"
 """In a checkpoint's directory: says that its weights are seeded."""

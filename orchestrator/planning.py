@@ -86,6 +86,7 @@ def _ground(made: plans.Plan, found: Survey, placement: Placement, hop_s: float)
             work_s=found.service_s[name],
             memory_bytes=section.memory,
             nodes=tuple(node for node, count in placement.ready.get(name, {}).items() for _ in range(count)),
+            measured=section.precision in made.stage(name).profile,
         )
         for name, section in testbed.services.items()
     }

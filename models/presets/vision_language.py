@@ -12,7 +12,11 @@ from typing import Any
 from models.presets import clip, language, vocabulary
 
 SEED = 0
-MADE_OF: Mapping[str, tuple[str, str]] = {"vlm-ci": ("clip-tiny", "lm-ci"), "vlm-demo": ("clip-small", "lm-demo")}
+MADE_OF: Mapping[str, tuple[str, str]] = {
+    "vlm-ci": ("clip-tiny", "lm-ci"),
+    "vlm-demo": ("clip-small", "lm-demo"),
+    "vlm-vitb32": ("clip-vitb32", "lm-demo"),
+}
 
 
 def build(name: str, directory: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.manifest import Manifest, Precision, StageSpec
+from models.manifest import GENERATE, Manifest, Precision, StageSpec
 from services.dataplane import fusing
 from services.dataplane.fusing import CannotFuse
 from services.dataplane.pipeline import REQUEST, Pipeline, Segment, Step, name_of, segments, step_of
@@ -37,6 +37,8 @@ class Part:
     """Of one replica."""
     nodes: tuple[str, ...]
     """Where its ready replicas are, each as often as there are of them."""
+    measured: bool = True
+    """Whether `work_s` is from a profile; else it was assumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Cut:
     """Overhead of the hop [s]."""
     work_s: tuple[float, float]
     """Of the two stages [s]."""
+    measured: tuple[bool, bool]
+    """Whether that is from a profile."""
     by_gateway: bool
     """The tensors go through the gateway, where branches meet or part."""
     shared: Mapping[str, tuple[str, ...]]
@@ -156,6 +160,7 @@ def _cut(
         link_s=_link_s(edge, source, target, size, ground),
         hop_s=ground.hop_s,
         work_s=(source.work_s, target.work_s),
+        measured=(source.measured, target.measured),
         by_gateway=edge.by_gateway,
         shared=shared,
         memory_bytes=None if fused is None else _memory(services, shared, [p.name for p, _ in alike], ground),
@@ -248,6 +253,8 @@ def _losses(services: tuple[str, str], source: Part, target: Part, fused: StageS
     elif counts[0] != counts[1]:
         yield f"they are no longer scaled apart ({counts[0]} and {counts[1]} replicas now)"
     most = max((part.stage.max_batch for part in (source, target) if part.stage.tier == "core"), default=1)
+    if GENERATE in (source.stage.processor, target.stage.processor):
+        yield "answers come whole, and no longer as a stream"
     if fused.max_batch < most:
         yield f"batches of at most {fused.max_batch} instead of {most}"
 
@@ -266,6 +273,7 @@ def document(cut: Cut) -> dict[str, Any]:
         "hop_s": cut.hop_s,
         "link_s": cut.link_s,
         "work_s": list(cut.work_s),
+        "work_measured": list(cut.measured),
         "splitting_loses": cut.splitting_loses,
         "fused": {
             "obstacle": cut.obstacle,
@@ -298,7 +306,8 @@ def _line(cut: Cut) -> str:
     way = ", by the gateway" if cut.by_gateway else ""
     on_links = f" + {_ms(cut.link_s)} on links" if cut.link_s else ""
     crosses = f"{_size(cut.bytes_per_task)} cross{way} in {_ms(cut.hop_s)}{on_links}"
-    work = f"beside {_ms(cut.work_s[0])} and {_ms(cut.work_s[1])} of work"
+    assumed = ["" if known else " (assumed)" for known in cut.measured]
+    work = f"beside {_ms(cut.work_s[0])}{assumed[0]} and {_ms(cut.work_s[1])}{assumed[1]} of work"
     return f"{cut.source} | {cut.target}: {crosses}, {work}; {_verdict(cut)}"
 
 
@@ -316,7 +325,7 @@ def _verdict(cut: Cut) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _size(count: float) -> str:

@@ -56,10 +56,10 @@ def about_image(image: bytes, question: str, new: int) -> str:
     checkpoint = resolve("vlm-ci")
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, "LlavaForConditionalGeneration")
     messages = conversation(question, with_image=True)
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = _prompt(tokenizer, messages)
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    mark = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    mark = str(tokenizer.convert_ids_to_tokens(model.config.image_token_id))
     assert prompt.count(mark) == 1
     tokens = tokenizer(prompt.replace(mark, mark * patches), return_tensors="pt", add_special_tokens=False)
     return _generated(model, tokenizer, new, **tokens, pixel_values=_pixels(checkpoint, image))
@@ -89,8 +89,12 @@ def reply(question: str, new: int) -> str:
     """A greedy reply of so many tokens at most."""
     checkpoint = resolve("lm-ci")
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, "AutoModelForCausalLM")
-    prompt = tokenizer.apply_chat_template(conversation(question), tokenize=False, add_generation_prompt=True)
+    prompt = _prompt(tokenizer, conversation(question))
     return _generated(model, tokenizer, new, **tokenizer(prompt, return_tensors="pt", add_special_tokens=False))
+
+
+def _prompt(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _generated(model: Any, tokenizer: Any, new: int, **inputs: Any) -> str:

@@ -114,6 +114,20 @@ def test_a_fused_stage_that_batches_less_says_so() -> None:
     assert "batches of at most 1 instead of 16" in found(EMBED)["embed", "tokenise", "encode"].loses
 
 
+def test_a_stage_that_generates_no_longer_streams_once_it_is_fused() -> None:
+    generates = replace(PARTS["encode"], stage=PARTS["encode"].stage.model_copy(update={"processor": "generate"}))
+    assert (
+        "answers come whole, and no longer as a stream"
+        in found(EMBED, ground=with_parts({"encode": generates}))["embed", "encode", "pool"].loses
+    )
+
+
+def test_a_time_that_was_assumed_says_so() -> None:
+    ground = with_parts({"pool": replace(PARTS["pool"], measured=False)})
+    (_, said) = cuts.lines(cuts.of_pipelines([EMBED], ground), [EMBED], ground)[1:]
+    assert "beside 15 ms and 0.1 ms (assumed) of work" in said
+
+
 def test_a_hop_that_is_short_beside_both_stages_is_worth_it() -> None:
     slow = {name: replace(PARTS[name], work_s=0.01) for name in PARTS}
     assert not any(cut.splitting_loses for cut in found(EMBED, ground=with_parts(slow)).values())
