@@ -209,17 +209,20 @@ def verify(what: str, source: str | None, models_dir: Path) -> None:
 @_what
 @_models_dir
 @click.option("--quick", is_flag=True, help="Fewer samples.")
-def profile(what: str, models_dir: Path, quick: bool) -> None:
+@click.option("--threads", metavar="N[,N...]", help="Threads of a replica of a core stage [default: 1].")
+@click.option("--plot", help="Draw the profile of one MODEL into this file [default: profile.svg beside its manifest].")
+def profile(what: str, models_dir: Path, plot: str | None, **options: Any) -> None:
     """Measure service times and memory of the exported stages of a model, or of every model of a testbed, on this machine.
 
     MODEL is the directory of an export, or its name below the models' directory.
     """
-    extra = ["--quick"] if quick else []
     if not _is_testbed(what):
-        _models("profile", what, "--models-dir", str(models_dir), *extra)
+        _models("profile", what, "--models-dir", str(models_dir), *_words(plot=plot, **options))
         return
+    if plot:
+        raise click.UsageError(f"{what} has a picture for each of its models; --plot is for one MODEL")
     for name in testbeds.load(Path(what)).testbed.models:
-        _models("profile", str(models_dir / name), *extra)
+        _models("profile", str(models_dir / name), *_words(**options))
 
 
 def _models(*arguments: str) -> None:

@@ -105,7 +105,9 @@ def open_graph(path: Path, threads: int) -> Graph:
     try:
         session = ort.InferenceSession(str(path), options, providers=[p for p in PROVIDERS if p in available])
     except Exception as error:  # ONNX Runtime raises its own classes, which derive from nothing useful
-        raise ManifestError(f"{path.name}: ONNX Runtime cannot open it ({error}); export the model again") from None
+        newer = any(word in str(error) for word in ("Opset", "IR version"))
+        remedy = "export the model with a lower --opset, or update ONNX Runtime" if newer else "export the model again"
+        raise ManifestError(f"{path.name}: ONNX Runtime cannot open it ({error}); {remedy}") from None
     return Graph(session, threads)
 
 

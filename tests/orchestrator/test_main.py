@@ -373,7 +373,10 @@ def test_a_model_is_exported_in_as_many_parts_and_precisions_as_the_file_says() 
             ],
         ),
         (["verify", "clip-tiny", "a/dir"], ["verify", "clip-tiny", "a/dir", "--models-dir", "out/models"]),
-        (["profile", "clip-tiny", "--quick"], ["profile", "clip-tiny", "--models-dir", "out/models", "--quick"]),
+        (
+            ["profile", "clip-tiny", "--threads", "1,2", "--quick", "--plot", "p.png"],
+            [*("profile", "clip-tiny", "--models-dir", "out/models"), *("--plot", "p.png", "--quick", "--threads", "1,2")],
+        ),
     ],
 )
 def test_a_command_for_one_model_is_handed_on(words: list[str], handed_on: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,22 @@ def test_a_changed_file_is_found_by_its_checksum(tiny_bert: Path, exported_copy:
         verify(exported_copy, str(tiny_bert))
 
 
+def test_missing_weights_are_found_before_the_graph_is_opened(tiny_bert: Path, exported_copy: Path) -> None:
+    (exported_copy / "encode.float32.onnx.data").unlink()
+    with pytest.raises(ManifestError, match=r"encode\.float32\.onnx\.data: missing"):
+        verify(exported_copy, str(tiny_bert))
+
+
+def test_a_graph_of_a_newer_operator_set_is_refused(tiny_bert: Path, exported_copy: Path) -> None:
+    path = exported_copy / "encode.float32.onnx"
+    model = onnx.load(path, load_external_data=False)
+    next(each for each in model.opset_import if not each.domain).version = 99
+    path.write_bytes(model.SerializeToString())
+    reseal(exported_copy)
+    with pytest.raises(StageBroken, match="Opset 99"):
+        verify(exported_copy, str(tiny_bert))
+
+
 def test_a_file_that_is_no_model_is_refused(tiny_bert: Path, exported_copy: Path) -> None:
     (exported_copy / "encode.int8.onnx").write_bytes(b"not a model")
     reseal(exported_copy)
