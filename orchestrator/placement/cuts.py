@@ -85,7 +85,9 @@ class Cut:
     memory_bytes: float | None
     """Memory of all replicas more (or less, if negative) if the two were one; None where they cannot be."""
     loses: tuple[str, ...]
-    """What is given up if they are fused, in words."""
+    """What the two could no longer do for themselves if they are fused, in words,"""
+    stops: tuple[str, ...]
+    """and what the busier of them could no longer do at all: batches and streams, which are worth more than a hop."""
     obstacle: str | None
     """Why they cannot be fused, None where they can."""
 
@@ -96,8 +98,8 @@ class Cut:
 
     @property
     def splitting_loses(self) -> bool:
-        """Whether the hop takes longer than the shorter of the two stages, and nothing is shared that fusing would double."""
-        return self.obstacle is None and not self.shared and self.saves_s > min(self.work_s)
+        """Whether the hop takes longer than the shorter of the two stages, and fusing neither doubles nor stops anything."""
+        return self.obstacle is None and not self.shared and not self.stops and self.saves_s > min(self.work_s)
 
 
 def of_pipelines(pipelines: Iterable[Pipeline], ground: Ground) -> tuple[Cut, ...]:
@@ -164,7 +166,8 @@ def _cut(
         by_gateway=edge.by_gateway,
         shared=shared,
         memory_bytes=None if fused is None else _memory(services, shared, [p.name for p, _ in alike], ground),
-        loses=() if fused is None else tuple(_losses(services, source, target, fused, ground)),
+        loses=() if fused is None else tuple(_losses(services, source, target)),
+        stops=() if fused is None else tuple(_stops(source, target, fused)),
         obstacle=obstacle,
     )
 
@@ -245,18 +248,21 @@ def _memory(services: tuple[str, str], shared: Mapping[str, Any], pipelines: Ite
     return copies * both - math.fsum(count * ground.parts[name].memory_bytes for name, count in freed.items())
 
 
-def _losses(services: tuple[str, str], source: Part, target: Part, fused: StageSpec, ground: Ground) -> Iterable[str]:
-    counts = [len(ground.parts[name].nodes) for name in services]
+def _losses(services: tuple[str, str], source: Part, target: Part) -> Iterable[str]:
+    counts = [len(source.nodes), len(target.nodes)]
     if source.stage.tier != target.stage.tier:
         light = services[0] if source.stage.tier == "light" else services[1]
         yield f"{light} is no longer scaled by itself"
     elif counts[0] != counts[1]:
         yield f"they are no longer scaled apart ({counts[0]} and {counts[1]} replicas now)"
+
+
+def _stops(source: Part, target: Part, fused: StageSpec) -> Iterable[str]:
     most = max((part.stage.max_batch for part in (source, target) if part.stage.tier == "core"), default=1)
     if GENERATE in (source.stage.processor, target.stage.processor):
-        yield "answers come whole, and no longer as a stream"
+        yield "answers would come whole, and no longer as a stream"
     if fused.max_batch < most:
-        yield f"batches of at most {fused.max_batch} instead of {most}"
+        yield f"batches would be of at most {fused.max_batch} instead of {most}"
 
 
 # --- saying it ------------------------------------------------------------------------------------------------------------
@@ -281,6 +287,7 @@ def document(cut: Cut) -> dict[str, Any]:
             "memory_bytes": cut.memory_bytes,
             "shared": {service: list(pipelines) for service, pipelines in cut.shared.items()},
             "loses": list(cut.loses),
+            "stops": list(cut.stops),
         },
     }
 
@@ -320,7 +327,9 @@ def _verdict(cut: Cut) -> str:
         fused += f"; {'; '.join(cut.loses)}"
     if cut.shared:
         users = "; ".join(f"{service} is shared with {', '.join(others)}" for service, others in cut.shared.items())
-        return f"keep it, {users} (fused: {fused})"
+        return f"keep it: {users} (fused: {fused})"
+    if cut.stops:
+        return f"keep it: fused, {' and '.join(cut.stops)} ({fused})"
     return f"splitting loses here (fused: {fused})" if cut.splitting_loses else f"worth its hop (fused: {fused})"
 
 

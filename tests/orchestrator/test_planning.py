@@ -55,7 +55,7 @@ def test_explained_it_says_why(terminal: Terminal) -> None:
 def test_explained_it_says_what_every_cut_costs(terminal: Terminal) -> None:
     said = terminal.plan("--explain").stdout
     assert "cuts of embed: 2, with 2.5 ms of hops to 24 ms of work (deadline 300 ms)" in said
-    assert "  tokenise | encode: 0 B cross in 1 ms, beside 2 ms (assumed) and 20 ms (assumed) of work; worth its hop" in said
+    assert "  tokenise | encode: 0 B cross in 1 ms, beside 2 ms (assumed) and 20 ms (assumed) of work; keep it: fused" in said
     assert "cuts of embed: 2, with 5.5 ms of hops to 24 ms of work" in terminal.plan("--explain", "--hop", "2.5ms").stdout
     assert "2 has no unit" in terminal.plan("--hop", "2").output
 

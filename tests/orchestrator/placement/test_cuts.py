@@ -110,16 +110,16 @@ def test_fusing_two_stages_nobody_shares_frees_their_replicas() -> None:
     assert cut.splitting_loses
 
 
-def test_a_fused_stage_that_batches_less_says_so() -> None:
-    assert "batches of at most 1 instead of 16" in found(EMBED)["embed", "tokenise", "encode"].loses
+def test_a_cut_is_kept_where_the_fused_stage_would_batch_less() -> None:
+    cut = found(EMBED)["embed", "tokenise", "encode"]
+    assert cut.stops == ("batches would be of at most 1 instead of 16",)
+    assert not cut.splitting_loses
 
 
-def test_a_stage_that_generates_no_longer_streams_once_it_is_fused() -> None:
+def test_a_stage_that_generates_would_no_longer_stream() -> None:
     generates = replace(PARTS["encode"], stage=PARTS["encode"].stage.model_copy(update={"processor": "generate"}))
-    assert (
-        "answers come whole, and no longer as a stream"
-        in found(EMBED, ground=with_parts({"encode": generates}))["embed", "encode", "pool"].loses
-    )
+    cut = found(EMBED, ground=with_parts({"encode": generates}))["embed", "encode", "pool"]
+    assert "answers would come whole, and no longer as a stream" in cut.stops
 
 
 def test_a_time_that_was_assumed_says_so() -> None:
@@ -203,13 +203,14 @@ def test_everything_is_said_in_text_and_as_json() -> None:
     said = cuts.lines(every, pipelines, GROUND)
     assert said[0] == "cuts of embed: 2, with 5.62 ms of hops to 15.3 ms of work (deadline 300 ms)"
     assert said[1] == (
-        "  tokenise | encode: 768 B cross in 0.8 ms, beside 0.2 ms and 15 ms of work; splitting loses here "
-        "(fused: 0.8 ms less a task, 28 MiB less memory; tokenise is no longer scaled by itself; "
-        "batches of at most 1 instead of 16)"
+        "  tokenise | encode: 768 B cross in 0.8 ms, beside 0.2 ms and 15 ms of work; keep it: fused, batches would be of "
+        "at most 1 instead of 16 (0.8 ms less a task, 28 MiB less memory; tokenise is no longer scaled by itself)"
     )
-    assert any("keep it, pool is shared with embed, classify" in line for line in said)
+    assert "; splitting loses here (fused: " in said[2]
+    assert any("keep it: pool is shared with embed, classify" in line for line in said)
     first = cuts.document(every[0])
     assert first["between"] == ["tokenise", "encode"]
-    assert first["splitting_loses"]
+    assert not first["splitting_loses"]
     assert first["fused"]["saves_s"] == 0.0008
     assert first["fused"]["loses"] == list(every[0].loses)
+    assert first["fused"]["stops"] == list(every[0].stops)
