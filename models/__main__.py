@@ -220,7 +220,7 @@ def _progress(doing: str) -> Iterator[tuple[Callable[[str], object], Callable[[i
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_stderr, transient=True) as progress:
+    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
         task = progress.add_task(doing, total=None)
         yield (
             lambda text: progress.update(task, description=text),
