@@ -10,9 +10,11 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from models.adapters.piece import Graph
 from models.errors import ExportFailed
@@ -57,6 +59,7 @@ def write_float32(name: str, graph: Graph, opset: int, path: Path) -> tuple[Path
             )
         except Exception as error:  # the exporter raises some forty classes, none of them public
             raise ExportFailed(f"{name}: torch.onnx.export at opset {opset}: {error}") from error
+        _share(name, graph.shared, path)
     return _files(path)
 
 
@@ -165,6 +168,36 @@ def _symbolic(graph: Graph) -> tuple[Any, ...]:
         return tuple(axes)
     named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
     return (*axes[:named], tuple(axes[named:]))
+
+
+def _share(name: str, shared: Mapping[str, str], path: Path) -> None:
+    """Let weights of a file that has just been written point into the .npy files beside it that hold the same.
+
+    Raises:
+        ExportFailed: the exporter has changed or renamed such a weight, or its file is not there.
+    """
+    import onnx  # noqa: PLC0415
+
+    if not shared:
+        return
+    model = onnx.load(path)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for weight, file in shared.items():
+        tensor = weights.get(weight)
+        try:
+            table: Any = np.load(path.with_name(file), mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise ExportFailed(f"{name}: {file} is not there to be shared: {error}") from error
+        if tensor is None or tensor.raw_data != table.tobytes():
+            raise ExportFailed(f"{name}: {file} does not hold the weight {weight!r}")
+        tensor.ClearField("raw_data")
+        place = {"location": file, "offset": str(table.offset), "length": str(table.nbytes)}
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in place.items())
+    data = path.with_name(path.name + ".data")
+    data.unlink(missing_ok=True)  # onnx would add to it
+    onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=_EXTERNAL_BYTES)
 
 
 def _files(path: Path) -> tuple[Path, ...]:

@@ -230,6 +230,7 @@ def generate(
             example(size, part),
             inputs=(entering, SEEN, POSITIONS, *size.cache("past", "past", part)),
             outputs=(size.leaving(last), *size.cache("present", "total", part)),
+            shared=shared(name, model.embed_tokens, head) if first and last else {},
         )
         prompt = (text.input_ids(sequences.pad), text.MASK, *([image[0]] if image is not None else []), *SAMPLING)
         spec = StageSpec(
@@ -268,6 +269,11 @@ def parameters(size: Dimensions, sequences: Sequences, part: range, number: tupl
         "part": number[0],
         "parts": number[1],
     }
+
+
+def shared(name: str, embedding: Any, head: Any) -> dict[str, str]:
+    """The head's weight, where it is the table of embeddings: both may be a good part of a small model."""
+    return {"head.weight": f"{name}-embedding.npy"} if head.weight is embedding.weight else {}
 
 
 def tokenise(tokenizer: PreTrainedTokenizerFast, context: int, pad: int, further: Mapping[str, Any] | None = None) -> Piece:

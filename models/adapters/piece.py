@@ -35,6 +35,8 @@ class Graph:
     """Only where they are not the stage's own (a decoder's graph has its cache besides)."""
     outputs: tuple[TensorSpec, ...] = ()
     """As `inputs`."""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Weight of the module -> the stage's .npy file that holds the same, so that it need not be stored twice."""
 
 
 @dataclass(frozen=True)

@@ -265,6 +265,7 @@ def _generate(model: Any, sequences: decoder.Sequences, parts: int) -> tuple[Pie
             _example(size, part, positions),
             inputs=(entering, decoder.SEEN, *size.cache("past", "past", part), *cross),
             outputs=(size.leaving(last), *size.cache("present", "total", part)),
+            shared=decoder.shared(name, stack.embed_tokens, head) if first and last else {},
         )
         once = Graph(Cross(stack, part), (torch.zeros(2, positions, size.hidden),), inputs=(heard,), outputs=cross)
         spec = StageSpec(

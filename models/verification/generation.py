@@ -23,6 +23,8 @@ from models.verification.figures import Figure, angle, apart, worst
 NEW_TOKENS = 32
 LENGTHS = (1, 2, 5, 9, 17, 31, 40)
 """Of the prompts [tokens]."""
+LONG = 400
+"""Of one more, which shows whether positions far from the beginning are right; shorter where there is no room for it."""
 ALIKE = 0.3
 """Share of tokens that a coarser precision may choose otherwise. A seeded model's logits lie close together: a trained one's
 would not be told apart from the reference at this share."""

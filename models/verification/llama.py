@@ -50,9 +50,11 @@ def tokens_differ(tokenise: Tokenise, tokenizer: Any, batch: Sequence[str]) -> b
 
 
 def prompts(vocabulary: int, longest: int, pad: int, rng: np.random.Generator) -> list[tuple[Array, Array]]:
-    """Random prompts of several lengths, each alone, and all in one batch padded at the left: ids and mask."""
-    each = [rng.integers(vocabulary, size=length).tolist() for length in generation.LENGTHS if length <= longest]
-    return [generation.left_padded(rows, pad) for rows in ([prompt] for prompt in each)] + [generation.left_padded(each, pad)]
+    """Random prompts of several lengths, each alone, and the shorter ones in one batch padded at the left: ids and mask."""
+    *each, long = [
+        rng.integers(vocabulary, size=min(length, longest)).tolist() for length in (*generation.LENGTHS, generation.LONG)
+    ]
+    return [generation.left_padded(rows, pad) for rows in (*([prompt] for prompt in (*each, long)), each)]
 
 
 def _answer(model: Any, ids: Array, mask: Array) -> generation.Answer:
