@@ -7,6 +7,7 @@ only then do services that are no longer wanted go. So going back is possible un
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,7 +103,7 @@ class Plan:
             nodes=testbed.core_nodes(),
             targets=self.targets(),
             placed=self.placed,
-            flows=testbed.flows(),
+            flows=self.flows(),
             latencies_s=testbed.latencies_s(),
             stale_after_s=testbed.control.stale_after,
             laws=laws,
@@ -110,6 +111,11 @@ class Plan:
             prices=testbed.prices(),
             slot_s=testbed.control.slot,
         )
+
+    def flows(self) -> frozenset[tuple[str, str]]:
+        """Pairs of services that pass tensors on: from step to step, and between the parts of a decoder."""
+        steps = [step for pipeline in self.wiring.pipelines.values() for step in pipeline.steps]
+        return self.testbed.flows() | {pair for step in steps for pair in itertools.pairwise(step.services)}
 
     def place(self, targets: Mapping[str, core.Target], keep: core.Placement | None) -> core.Placement:
         """Nodes for these targets.
@@ -120,7 +126,7 @@ class Plan:
         testbed = self.testbed
         return greedy.place(
             tuple(self.services().values()), testbed.core_nodes(), targets,
-            flows=testbed.flows(), latencies_s=testbed.latencies_s(), keep=keep,
+            flows=self.flows(), latencies_s=testbed.latencies_s(), keep=keep,
         )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def plan(loaded: Loaded, models_dir: Path, asked: Asked) -> Plan:
     beside = Beside(
         light=tuple(service for service in made.services().values() if service.tier == "light"),
         targets=testbed.targets(),
-        flows=tuple(sorted(testbed.flows())),
+        flows=tuple(sorted(made.flows())),
         current=None if asked.keep is None else read(asked.keep),
     )
     chosen = explain.make(

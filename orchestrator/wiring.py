@@ -2,7 +2,8 @@
 
 An input that the testbed names comes from there. Any other is wired by tensor name, from the nearest earlier step that outputs
 that name; `after` narrows the search to one step and its ancestors. What no step outputs but has a default is taken from the
-request, which may leave it out. Both ends of an edge must agree on datatype and shape.
+request, which may leave it out. Both ends of an edge must agree on datatype and shape. A step at the first part of a decoder
+that was cut gets the services of the other parts too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from models.manifest import Manifest, StageSpec, TensorSpec, Tier
 from orchestrator.marked_yaml import Path, Problem
-from orchestrator.testbed import PipelineSection, StepSection, Testbed, did_you_mean
+from orchestrator.testbed import PipelineSection, ServiceSection, StepSection, Testbed, did_you_mean
 from services.dataplane import fusing
 from services.dataplane.fusing import CannotFuse
 from services.dataplane.pipeline import REQUEST, Pipeline, Step, agree, name_of, step_of
@@ -43,7 +44,7 @@ def wire(testbed: Testbed, manifests: Mapping[str, Manifest]) -> Wiring:
     pipelines: dict[str, Pipeline] = {}
     if not problems:
         for name, section in testbed.pipelines.items():
-            wired = _Wires(("pipelines", name), section, stages)
+            wired = _Wires(("pipelines", name), section, stages, testbed.services)
             problems += wired.run()
             if wired.pipeline is not None:
                 pipelines[name] = wired.pipeline
@@ -100,6 +101,7 @@ class _Wires:
     path: Path
     section: PipelineSection
     stages: Mapping[str, StageSpec]
+    services: Mapping[str, ServiceSection]
     steps: dict[str, Step] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     pipeline: Pipeline | None = None
@@ -136,7 +138,32 @@ class _Wires:
             elif name not in inputs:
                 where = f"neither {step.after!r} nor its ancestors give" if step.after else "no earlier step gives"
                 self._complain(path, f"{where} the input {name!r} of step {step.id!r}; name it under inputs")
-        self.steps[step.id] = Step(id=step.id, service=step.service, inputs={n: inputs[n] for n in names if n in inputs})
+        self.steps[step.id] = Step(
+            id=step.id,
+            service=step.service,
+            inputs={n: inputs[n] for n in names if n in inputs},
+            parts=tuple(self._parts((*path, "service"), step.service)),
+        )
+
+    def _parts(self, path: Path, service: str) -> Iterator[str]:
+        """Services with the further parts of a decoder that was cut, where the step's has the first."""
+        stage, section = self.stages[service], self.services[service]
+        number, parts = stage.parameters.get("part", 1), stage.parameters.get("parts", 1)
+        if number > 1:
+            self._complain(path, f"{service!r} is part {number} of a decoder; a step names the first, which calls it")
+            return
+        for i in range(2, parts + 1):
+            wanted = f"{stage.name.rpartition('-')[0]}-{i}"
+            found = [name for name, each in self.services.items() if (each.model, each.stage) == (section.model, wanted)]
+            # Of several the one that is stored as the first part is.
+            found.sort(key=lambda name: self.services[name].precision != section.precision)
+            if not found:
+                self._complain(
+                    path,
+                    f"{service!r} is part 1 of {parts} of a decoder, and no service serves {wanted!r} of {section.model!r}",
+                )
+                return
+            yield found[0]
 
     def _source(self, step: StepSection, tensor: str) -> str | None:
         """The nearest earlier step that outputs the tensor."""

@@ -18,6 +18,8 @@ from services.dataplane.fusing import CannotFuse
 from services.dataplane.pipeline import REQUEST, Pipeline, Segment, Step, name_of, segments, step_of
 from services.dataplane.routes import Link
 
+SEQ, NEW = "seq", "new"
+"""Axes of a decoder's prompt and of its answer."""
 PROCESS_BYTES = 64 * 2**20
 """What a replica holds before it opens a stage: interpreter, web server, numpy (`make bench`: light_resident_bytes)."""
 
@@ -107,7 +109,10 @@ def of_pipelines(pipelines: Iterable[Pipeline], ground: Ground) -> tuple[Cut, ..
     known = tuple(pipelines)
     found = [(pipeline, edge) for pipeline in known for edge in _edges(pipeline)]
     visits = {(p.name, step.id): step.service for p in known for step in p.steps}
-    return tuple(_cut(pipeline, edge, found, visits, ground) for pipeline, edge in found)
+    cuts = [_cut(pipeline, edge, found, visits, ground) for pipeline, edge in found]
+    inside = [cut for pipeline in known for step in pipeline.steps for cut in _inside(pipeline, step, ground)]
+    order = {pipeline.name: i for i, pipeline in enumerate(known)}
+    return tuple(sorted([*cuts, *inside], key=lambda cut: order[cut.pipeline]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +177,34 @@ def _cut(
     )
 
 
+def _inside(pipeline: Pipeline, step: Step, ground: Ground) -> Iterable[Cut]:
+    """Cuts through a decoder: its first part calls every other one for the prompt, and again for each further token."""
+    first = ground.parts[step.service]
+    for name in step.parts:
+        part = ground.parts[name]
+        calls = first.model.typical_length.get(NEW, 1)
+        length = max(1, first.model.typical_length.get(SEQ, 1))
+        # The prompt's states go over together, then one token's at a time; what comes back is as large at most.
+        size = float(part.stage.inputs[0].bytes_per_item) * (1 + (calls - 1) / length)
+        yield Cut(
+            pipeline=pipeline.name,
+            source=step.id,
+            target=f"{step.id} in {name}",
+            services=(step.service, name),
+            bytes_per_task=size,
+            link_s=calls * _nearest_s(first, part, size / calls, ground),
+            hop_s=calls * ground.hop_s,
+            work_s=(first.work_s, part.work_s),
+            measured=(first.measured, part.measured),
+            by_gateway=False,
+            shared={},
+            memory_bytes=None,
+            loses=(),
+            stops=(),
+            obstacle="parts of one decoder; export it with a smaller cut",
+        )
+
+
 def _bytes(ref: str, pipeline: Pipeline, parts: Mapping[str, Part]) -> float:
     """Bytes of a reference in a task of one item; a tensor of the request is as large as whoever takes it says."""
     if step_of(ref) == REQUEST:
@@ -186,18 +219,23 @@ def _bytes(ref: str, pipeline: Pipeline, parts: Mapping[str, Part]) -> float:
 
 
 def _link_s(edge: _Edge, source: Part, target: Part, size: float, ground: Ground) -> float:
-    """Mean over the source's replicas of the least time on links to one of the target's."""
+    """Time on links [s], by the gateway where that is the way."""
+    if edge.by_gateway and source.nodes and target.nodes:
+        back = math.fsum(_way_s(node, ground.gateway, size, ground) for node in source.nodes) / len(source.nodes)
+        return back + min(_way_s(ground.gateway, node, size, ground) for node in target.nodes)
+    return _nearest_s(source, target, size, ground)
 
-    def way(a: str, b: str) -> float:
-        link = ground.links.get((a, b)) if a != b else None
-        return 0.0 if link is None else link.transfer_s(size)
 
+def _nearest_s(source: Part, target: Part, size: float, ground: Ground) -> float:
+    """Mean over the source's replicas of the time on the link to the nearest of the target's [s]."""
     if not source.nodes or not target.nodes:
         return 0.0
-    if edge.by_gateway:
-        back = math.fsum(way(node, ground.gateway) for node in source.nodes) / len(source.nodes)
-        return back + min(way(ground.gateway, node) for node in target.nodes)
-    return math.fsum(min(way(a, b) for b in target.nodes) for a in source.nodes) / len(source.nodes)
+    return math.fsum(min(_way_s(a, b, size, ground) for b in target.nodes) for a in source.nodes) / len(source.nodes)
+
+
+def _way_s(a: str, b: str, size: float, ground: Ground) -> float:
+    link = ground.links.get((a, b)) if a != b else None
+    return 0.0 if link is None else link.transfer_s(size)
 
 
 # --- what fusing would be -------------------------------------------------------------------------------------------------
@@ -300,7 +338,7 @@ def lines(cuts: Sequence[Cut], pipelines: Iterable[Pipeline], ground: Ground) ->
         if not mine:
             continue
         lost_s = math.fsum(cut.saves_s for cut in mine)
-        work_s = math.fsum(ground.parts[step.service].work_s for step in pipeline.steps)
+        work_s = math.fsum(ground.parts[name].work_s for step in pipeline.steps for name in step.services)
         said.append(
             f"cuts of {pipeline.name}: {len(mine)}, with {_ms(lost_s)} of hops to {_ms(work_s)} of work "
             f"(deadline {_ms(pipeline.deadline_s)})"

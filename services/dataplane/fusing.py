@@ -71,6 +71,9 @@ def fuse(manifest: Manifest, members: Sequence[str]) -> StageSpec:
     stages = tuple(manifest.stage(name) for name in members)
     if len(set(members)) < max(len(members), 2):
         raise CannotFuse("name at least two stages, each of them once")
+    for stage in stages:
+        if stage.parameters.get("parts", 1) > 1:
+            raise CannotFuse(f"stage {stage.name!r} is a part of a decoder, which calls, or is called, for every token")
     inputs, outputs = _tensors(manifest, stages)
     files = _files(stages)
     return StageSpec(

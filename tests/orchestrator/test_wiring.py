@@ -125,6 +125,38 @@ def test_an_input_with_a_default_that_no_step_gives_comes_from_the_request() -> 
     assert wired.pipelines["embed"].steps[2].inputs["temperature"] == "request.temperature"
 
 
+def cut_in_two(text: str) -> list[str] | tuple[str, ...]:
+    """Problems, or the services of the step `encode`, where `encode` is the first part of two of a decoder."""
+    encode = MANIFEST.stage("encode")
+    parts = [
+        encode.model_copy(update={"name": f"encode-{i}", "processor": "generate", "parameters": {"part": i, "parts": 2}})
+        for i in (1, 2)
+    ]
+    stages = (*(stage for stage in MANIFEST.stages if stage.name != "encode"), *parts)
+    loaded = load(text.replace("stage: encode,", "stage: encode-1,"))
+    wired = wiring.wire(loaded.testbed, {"tiny": MANIFEST.model_copy(update={"stages": stages})})
+    return wired.pipelines["embed"].steps[1].services if not wired.problems else list(loaded.complain(wired.problems).problems)
+
+
+SECOND = "  more: {model: tiny, stage: encode-2, cpus: 0.1, memory: 64MiB}\n"
+
+
+def test_a_decoder_that_was_cut_works_with_the_services_of_its_other_parts() -> None:
+    int8 = SECOND.replace("more:", "small:").replace("stage: encode-2", "stage: encode-2, precision: int8")
+    assert cut_in_two(TESTBED.replace("  pool:", int8 + SECOND + "  pool:")) == ("encode", "more")
+
+
+def test_a_part_that_nobody_serves_is_a_problem_and_so_is_a_step_at_a_later_part() -> None:
+    assert cut_in_two(TESTBED) == [
+        "small.yaml:19: pipelines.embed.steps[1].service: 'encode' is part 1 of 2 of a decoder, and no service serves "
+        "'encode-2' of 'tiny'"
+    ]
+    text = TESTBED.replace("  pool:", SECOND + "  pool:").replace("service: encode}", "service: more}")
+    assert cut_in_two(text) == [
+        "small.yaml:20: pipelines.embed.steps[1].service: 'more' is part 2 of a decoder; a step names the first, which calls it"
+    ]
+
+
 def test_how_long_a_stream_may_pause_goes_along() -> None:
     text = TESTBED.replace("deadline: 300ms", "deadline: 300ms\n    token_deadline: 50ms")
     assert wiring.wire(load(text).testbed, {"tiny": MANIFEST}).pipelines["embed"].token_deadline_s == 0.05

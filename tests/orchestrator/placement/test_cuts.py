@@ -197,6 +197,16 @@ def test_a_fused_service_is_one_side_of_a_cut_with_all_its_stages() -> None:
     assert cut.bytes_per_task == 70_000 + 384
 
 
+def test_a_cut_through_a_decoder_costs_a_hop_for_every_token() -> None:
+    steps = tuple(step.model_copy(update={"parts": ("pool",)}) if step.id == "encode" else step for step in EMBED.steps[:2])
+    pipeline = Pipeline(name="x", deadline_s=1.0, epsilon=0.05, steps=steps, outputs={"y": "encode.last_hidden_state"})
+    model = MODEL.model_copy(update={"typical_length": {"seq": 10, "new": 5}})
+    cut = found(pipeline, ground=with_parts({"encode": replace(PARTS["encode"], model=model)}))["x", "encode", "encode in pool"]
+    assert cut.hop_s == pytest.approx(5 * 0.0008)
+    assert cut.bytes_per_task == pytest.approx(70_000 * 1.4), "the prompt's ten states, and four more"
+    assert cut.obstacle is not None
+
+
 def test_everything_is_said_in_text_and_as_json() -> None:
     pipelines = (EMBED, CLASSIFY)
     every = cuts.of_pipelines(pipelines, GROUND)

@@ -116,6 +116,13 @@ def test_stages_that_are_no_chain_are_refused(members: list[str], reason: str) -
         fusing.fuse(MODEL, members)
 
 
+def test_a_part_of_a_decoder_is_refused() -> None:
+    first = MODEL.stage("encode-1").model_copy(update={"parameters": {"part": 1, "parts": 2}})
+    model = MODEL.model_copy(update={"stages": tuple(first if each.name == first.name else each for each in MODEL.stages)})
+    with pytest.raises(CannotFuse, match="stage 'encode-1' is a part of a decoder"):
+        fusing.fuse(model, ["tokenise", "encode-1"])
+
+
 def test_a_stage_that_the_model_lacks_is_refused() -> None:
     with pytest.raises(ManifestError, match="has no stage 'pol'"):
         fusing.fuse(MODEL, ["encode-2", "pol"])
