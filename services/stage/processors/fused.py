@@ -12,25 +12,31 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from models.manifest import Manifest, ManifestError, Precision, StageSpec, check_files
+import numpy as np
+
+from models.manifest import GENERATE, Manifest, ManifestError, Precision, StageSpec, check_files
 from services.dataplane import fusing
 from services.dataplane.fusing import CannotFuse
 from services.dataplane.wire import Array
 from services.stage.processors import Exemplary, Processor, open_processor
+
+TOKENS = 16
+"""Made by a generating member at the warm-up: enough for a first law, few enough not to keep a replica from starting."""
 
 
 class Fused:
     """The members in order. Inline only if all of them are; each that is meant to be stays one at a time."""
 
     example: Callable[[int], dict[str, Array]]
-    """There only where a member is `Exemplary`, and so is the whole."""
+    """There only where a member is `Exemplary` or generates, and then the whole is exemplary: what shapes do not tell of a part
+    they do not tell of it either."""
 
     def __init__(self, members: Sequence[tuple[StageSpec, Processor]]) -> None:
         self._members = members
         self.inline = all(processor.inline for _, processor in members)
         # An inline processor was written for one thread, and here the worker may have several.
         self._turns = [threading.Lock() if processor.inline else nullcontext() for _, processor in members]
-        if any(isinstance(processor, Exemplary) for _, processor in members):
+        if any(isinstance(processor, Exemplary) or spec.processor == GENERATE for spec, processor in members):
             self.example = self._examples
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -47,7 +53,9 @@ class Fused:
         """Those of the members' made up inputs that come from outside."""
         found: dict[str, Array] = {}
         wires = fusing.wires([spec for spec, _ in self._members])
-        for (_, processor), sources in zip(self._members, wires, strict=True):
+        for (spec, processor), sources in zip(self._members, wires, strict=True):
+            if spec.processor == GENERATE:
+                found["max_tokens"] = np.full(items, TOKENS, dtype=np.int64)
             if isinstance(processor, Exemplary):
                 found |= {name: array for name, array in processor.example(items).items() if sources.get(name) is None}
         return found

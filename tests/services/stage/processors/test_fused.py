@@ -79,6 +79,21 @@ def test_stages_that_are_no_chain_are_refused_with_the_model_named(model: Manife
         fused.open_stages(model, ("tokenise", "pool"), "float32", minilm, 1)
 
 
+def test_a_fused_language_model_answers_as_its_stages_do_and_is_never_run_in_the_event_loop(lm_ci: Path) -> None:
+    model = manifest.load(lm_ci)
+    there: dict[str, Array] = {"text": texts(b"the ferry carries"), "max_tokens": np.array([8])}
+    names = ("tokenise", "generate", "detokenise")
+    for spec in map(model.stage, names):
+        processor = open_processor(spec, manifest.check_files(spec, "float32", lm_ci), 1)
+        there |= processor.run({tensor.name: there[tensor.name] for tensor in spec.inputs if tensor.name in there})
+    _, together = fused.open_stages(model, names, "float32", lm_ci, threads=1)
+    found = together.run({"text": texts(b"the ferry carries"), "max_tokens": np.array([8])})
+    assert found["text"][0] == there["text"][0]
+    assert found["output_count"] == [8]
+    assert isinstance(together, Exemplary), "how long it takes is for max_tokens to say, not for a shape"
+    assert list(together.example(2)["max_tokens"]) == [fused.TOKENS] * 2
+
+
 class Drawn:
     """A member whose input cannot be made up by others."""
 
