@@ -35,6 +35,12 @@ def lm_ci() -> Path:
 
 
 @pytest.fixture(scope="session")
+def lm_cut() -> dict[int, Path]:
+    """The same language model with its decoder cut, by the number of parts."""
+    return {parts: exported("lm-ci", "float32", parts=parts) for parts in (2, 3)}
+
+
+@pytest.fixture(scope="session")
 def asr_ci() -> Path:
     """The seeded speech model, exported."""
     return exported("asr-ci", "float32")
@@ -46,10 +52,11 @@ def vlm_ci() -> Path:
     return exported("vlm-ci", "float32")
 
 
-def exported(name: str, *precisions: str) -> Path:
+def exported(name: str, *precisions: str, parts: int = 1) -> Path:
     """The export of a model of the catalogue, made where it is missing or stale."""
-    directory = EXPORTS / name
+    directory = EXPORTS / (name if parts == 1 else f"{name}-cut-{parts}")
     wanted = [word for precision in precisions for word in ("--precision", precision)]
+    wanted += ["--cut", str(parts)] if parts > 1 else []
     command = [sys.executable, "-m", "models", "export", name, "--out", str(directory), *wanted]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr

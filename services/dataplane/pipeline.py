@@ -23,6 +23,13 @@ class Step(Document):
     service: Name
     inputs: Mapping[str, str]
     """Input tensor of the service's stage -> reference."""
+    parts: tuple[Name, ...] = ()
+    """Services with the further parts of a decoder that was cut: the step's own asks them for every token, in this order."""
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Everybody who works for the step."""
+        return (self.service, *self.parts)
 
     @property
     def parents(self) -> frozenset[str]:

@@ -72,8 +72,9 @@ class Routes(Document):
     def _pipelines_use_known_services(self) -> Routes:
         for pipeline in self.pipelines.values():
             for step in pipeline.steps:
-                if step.service not in self.services:
-                    raise ValueError(f"pipeline {pipeline.name!r} uses service {step.service!r}, which is not in the document")
+                for service in step.services:
+                    if service not in self.services:
+                        raise ValueError(f"pipeline {pipeline.name!r} uses service {service!r}, which is not in the document")
         return self
 
 

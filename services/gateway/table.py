@@ -64,7 +64,7 @@ class Plan:
     @property
     def services(self) -> tuple[str, ...]:
         """Every service of the pipeline, once."""
-        return tuple(dict.fromkeys(step.service for step in self.pipeline.steps))
+        return tuple(dict.fromkeys(service for step in self.pipeline.steps for service in step.services))
 
 
 class Table:
@@ -147,7 +147,7 @@ def _plan(pipeline: Pipeline, services: Mapping[str, Service]) -> Plan:
         specs = inputs if step_of(ref) == "request" else {tensor.name: tensor for tensor in stages[step_of(ref)].outputs}
         outputs[name] = specs[name_of(ref)].model_copy(update={"name": name})
     cut = segments(pipeline)
-    seeded = any(stage.weights == "seeded" for stage in stages.values())
+    seeded = any(services[name].weights == "seeded" for step in pipeline.steps for name in step.services)
     return Plan(
         pipeline,
         cut,

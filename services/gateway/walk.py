@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from services.dataplane import admission, deadline, itinerary, letting_out, streams, wire
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import NoReplica, Overloaded, TaskError, UpstreamFailed
-from services.dataplane.itinerary import Hop
+from services.dataplane.itinerary import Further, Hop
 from services.dataplane.routing import MAX_CANDIDATES, RouteBook
 from services.dataplane.streams import Frame, Pace
 from services.dataplane.wire import Limits, Tensor
@@ -289,10 +289,17 @@ class Walker:
         for position in range(len(segment.steps) - 1, -1, -1):
             step, target = segment.steps[position], table.targets[segment.steps[position].service]
             candidates = tuple(target.candidates[i] for i in chosen[position])
-            hops.append(Hop(step.id, step.service, candidates, step.inputs, segment.keeps[position], reserve_s))
+            parts = tuple(self._further(table, service, now) for service in step.parts) if step.parts else ()
+            hops.append(Hop(step.id, step.service, candidates, step.inputs, segment.keeps[position], reserve_s, parts))
             view = self._book.view(candidates[0].replica)
             reserve_s += view.service_s + view.transfer_s
         return tuple(reversed(hops))
+
+    def _further(self, table: Table, service: str, now: float) -> Further:
+        """All replicas of a further part, those that are alive first: a running batch keeps to the one it has begun with."""
+        target = table.targets[service]
+        alive = sorted(target.candidates, key=lambda candidate: self._book.ejected(candidate.replica, now))
+        return Further(service, tuple(alive))
 
     def _is_due(
         self, table: Table, plan: Plan, index: int, position: int, order: tuple[int, ...], due: float, now: float

@@ -19,11 +19,13 @@ from models.manifest import BATCH_AXIS, ServiceLaw
 from services.dataplane import batching
 from services.dataplane.batching import DeadlineQueue, Waiting
 from services.dataplane.deadline import Deadline
-from services.dataplane.errors import Expired, NoReplica, QueueFull, TaskError, TooLarge
+from services.dataplane.errors import BadRequest, Expired, NoReplica, QueueFull, TaskError, TooLarge
 from services.dataplane.generation import GenerationEstimate, Member, next_to_join
+from services.dataplane.itinerary import Further
 from services.dataplane.wire import Array
 from services.stage.metrics import StageMetrics
-from services.stage.processors.generate import Batch, Generate, Row
+from services.stage.parts import Rest
+from services.stage.processors.generate import Batch, Generate, Pass, Row
 from services.stage.worker import Result
 
 _WARM_LENGTHS = (8, 64)
@@ -42,6 +44,8 @@ class _Task:
     streamed: bool
     token_s: float | None
     """Of a stream: longest time between two tokens [s]; None where nobody minds."""
+    further: tuple[Further, ...] = ()
+    """Where the further parts of a cut decoder may be found."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set in the event loop: a token for a stream, or the end."""
     error: Exception | None = None
@@ -84,6 +88,7 @@ class GenerationWorker:
         *,
         capacity: int,
         max_batch: int,
+        rest: Rest | None = None,
     ) -> None:
         """Begin with an empty batch.
 
@@ -93,6 +98,7 @@ class GenerationWorker:
             metrics: of the stage.
             capacity: tasks that may wait.
             max_batch: most sequences in the batch.
+            rest: asks the further parts, where the processor is only the first of several.
         """
         self.queue: DeadlineQueue[_Task] = DeadlineQueue(capacity)
         self._processor = processor
@@ -101,9 +107,14 @@ class GenerationWorker:
         self._max_batch = max_batch
         self._members: tuple[_Task, ...] = ()
         """In the batch; replaced as a whole by the thread."""
+        self._rest = rest
+        self._chosen: tuple[Further, ...] = ()
+        """The replicas of further parts that the running batch keeps to."""
         self._stopped = False
         self._wake = threading.Condition()
         self._loop = asyncio.get_running_loop()
+        if rest is not None:
+            processor.rest = self._ask
         self._thread = threading.Thread(target=self._run, name=processor.spec.name, daemon=True)
         self._thread.start()
 
@@ -128,12 +139,10 @@ class GenerationWorker:
         axes: Mapping[str, int],
         until: Deadline,
         reserve_s: float = 0.0,
-        *,
-        alone: bool = False,
+        further: tuple[Further, ...] = (),
     ) -> Result:
-        """The whole answer of one task; arguments and errors are those of `Worker.compute`."""
-        del alone
-        task, waiting = self._push(inputs, axes, until, reserve_s, streamed=False, token_s=None)
+        """The whole answer of one task; arguments and errors are those of `Worker.compute`, and of `stream`."""
+        task, waiting = self._push(inputs, axes, until, reserve_s, further, streamed=False, token_s=None)
         try:
             await task.changed.wait()
             return self._result(task)
@@ -141,7 +150,13 @@ class GenerationWorker:
             self._leave(task, waiting)
 
     async def stream(
-        self, inputs: Mapping[str, Array], axes: Mapping[str, int], until: Deadline, reserve_s: float, token_s: float | None
+        self,
+        inputs: Mapping[str, Array],
+        axes: Mapping[str, int],
+        until: Deadline,
+        reserve_s: float,
+        token_s: float | None,
+        further: tuple[Further, ...] = (),
     ) -> AsyncGenerator[Result]:
         """The answer of one task as far as it has come, again whenever there is more; the last one is whole.
 
@@ -151,11 +166,12 @@ class GenerationWorker:
             until: the deadline of the first token.
             reserve_s: time the rest of the way needs.
             token_s: longest time between two tokens that is on time [s], if anybody minds.
+            further: where the further parts of a cut decoder may be found, in order.
 
         Raises:
             TaskError: as `compute`; also after the first token.
         """
-        task, waiting = self._push(inputs, axes, until, reserve_s, streamed=True, token_s=token_s)
+        task, waiting = self._push(inputs, axes, until, reserve_s, further, streamed=True, token_s=token_s)
         try:
             while True:
                 await task.changed.wait()
@@ -175,6 +191,7 @@ class GenerationWorker:
         axes: Mapping[str, int],
         until: Deadline,
         reserve_s: float,
+        further: tuple[Further, ...],
         *,
         streamed: bool,
         token_s: float | None,
@@ -182,7 +199,12 @@ class GenerationWorker:
         items = axes.get(BATCH_AXIS, 1)
         if items > self._max_batch:
             raise TooLarge(f"{items} prompts in one request; stage {self._processor.spec.name!r} takes {self._max_batch}")
-        task = _Task(self._processor.rows(inputs), until, until.due - reserve_s, streamed, token_s)
+        if len(further) != self._processor.parts - 1:
+            raise BadRequest(
+                f"stage {self._processor.spec.name!r} is a part of a decoder cut into {self._processor.parts}; "
+                "its other parts are found by a pipeline only"
+            )
+        task = _Task(self._processor.rows(inputs), until, until.due - reserve_s, streamed, token_s, further)
         length = max(len(row.prompt) for row in task.rows)
         with self._wake:
             if self._stopped:
@@ -264,6 +286,8 @@ class GenerationWorker:
             now = time.monotonic()
             members = [task.member(self._estimate) for task in self._members]
             with self._wake:
+                if members and not self._stays(self.queue.most_urgent(1)):
+                    return batch
                 joining, doomed = next_to_join(self.queue, members, now, self._estimate, self._max_batch)
             for waiting in doomed:
                 self._failed([waiting.task], self._doomed(waiting, now))
@@ -272,6 +296,8 @@ class GenerationWorker:
             task = joining.task
             task.taken = now
             task.batch = sum(member.rows for member in members) + joining.items
+            if not members and self._rest is not None:
+                self._chosen = self._rest.choose(task.further, now)
             try:
                 fresh = self._processor.prefill(task.rows)
             except Exception as error:  # this task's alone
@@ -285,6 +311,18 @@ class GenerationWorker:
             if left is not None:
                 batch = left if batch is None else self._processor.joined([batch, left])
         return batch
+
+    def _stays(self, urgent: Sequence[Waiting[_Task]]) -> bool:
+        """Whether the running batch's replicas of further parts may serve the next task too; if not, it waits for the end."""
+        further = urgent[0].task.further if urgent else self._chosen
+        return all(set(mine.candidates) <= set(theirs.candidates) for mine, theirs in zip(self._chosen, further, strict=True))
+
+    def _ask(self, step: Pass) -> Array:
+        """Called by the processor in this thread: logits from the further parts."""
+        if self._rest is None:
+            raise RuntimeError("there are no further parts")
+        others = tuple(row.name for task in self._members for row in task.rows if not row.finish and row.name not in step.rows)
+        return asyncio.run_coroutine_threadsafe(self._rest.proceed(step, self._chosen, others), self._loop).result()
 
     def _stepped(self, batch: Batch) -> Batch:
         start = time.monotonic()

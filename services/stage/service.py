@@ -17,7 +17,7 @@ from models.manifest import StageSpec
 from services.dataplane import deadline, itinerary, streams, wire
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import BadRequest, Expired, InternalFailure, NotFound, QueueFull, TaskError, UpstreamFailed
-from services.dataplane.itinerary import Hop
+from services.dataplane.itinerary import Further, Hop
 from services.dataplane.streams import Pace
 from services.dataplane.wire import Limits, Message, Tensor
 from services.forward import Call, Forwarder, passed_on
@@ -25,6 +25,8 @@ from services.hotpath import Answer, Request, Stream, content
 from services.stage import tensors
 from services.stage.generation import GenerationWorker
 from services.stage.metrics import StageMetrics
+from services.stage.parts import PartWorker
+from services.stage.processors.generate_part import PARAMETER as SESSION
 from services.stage.worker import Result, Worker
 from services.transport import StreamedAnswer
 
@@ -57,7 +59,7 @@ class StageService:
         self,
         spec: StageSpec,
         identity: Identity,
-        worker: Worker | GenerationWorker,
+        worker: Worker | GenerationWorker | PartWorker,
         forwarder: Forwarder,
         metrics: StageMetrics,
         *,
@@ -176,7 +178,9 @@ class StageService:
             )
             report = self._report(here, until, result)
             return Answer(200, [*content(header_length), *itinerary.headers(report, None)], encoded)
-        body, length, reports = await self._forward(here, hops[1:], kept, result, until, headers)
+        body, length, reports = await self._forward(
+            here, hops[1:], kept, result, until, headers, message.parameters.get(SESSION)
+        )
         return Answer(200, [*content(length), *reports], body)
 
     async def _forward(
@@ -187,6 +191,7 @@ class StageService:
         result: Result,
         until: Deadline,
         headers: Mapping[str, str],
+        session: Any = None,
     ) -> tuple[bytes, int, Reports]:
         """What the next hop answered: body, length of its JSON part, and what all hops from here on measured."""
         remaining_s = until.remaining_s(time.monotonic())
@@ -194,7 +199,7 @@ class StageService:
             raise Expired(
                 f"the deadline passed in stage {self.spec.name!r}", reason="expired", hops=[self._report(here, until, result)]
             )
-        call = self._call(here, rest, kept, until, headers)
+        call = self._call(here, rest, kept, until, headers, session=session)
         try:
             answer = await self._forwarder.post(call)
         except TaskError as error:
@@ -214,14 +219,17 @@ class StageService:
         until: Deadline,
         headers: Mapping[str, str],
         pace: Pace | None = None,
+        session: Any = None,
     ) -> Call:
-        """The call to the next hop; with a pace, its answer is to come in frames."""
+        """The call to the next hop; with a pace, its answer is to come in frames. A decoder's session goes along."""
         parameters: dict[str, Any] = {
             itinerary.PARAMETER: itinerary.to_parameter(rest),
             deadline.PARAMETER: deadline.to_parameter(until.remaining_s(time.monotonic())),
         }
         if pace is not None:
             parameters[streams.PARAMETER] = pace.to_parameter()
+        if session is not None:
+            parameters[SESSION] = session
         body, header_length = wire.request_parts(Message(kept, parameters=parameters))
         return Call(
             service=rest[0].service,
@@ -303,7 +311,9 @@ class StageService:
         due = until
         try:
             inputs, axes = tensors.bind(self.spec, message, here.take)
-            async with contextlib.aclosing(worker.stream(inputs, axes, until, here.reserve_s, pace.token_s)) as states:
+            async with contextlib.aclosing(
+                worker.stream(inputs, axes, until, here.reserve_s, pace.token_s, here.parts)
+            ) as states:
                 async for result in states:
                     yield await self._frame(message, here, rest, due, headers, result)
                     # From here on only the next token has a deadline.
@@ -375,16 +385,29 @@ class StageService:
 
     async def _compute_hop(self, message: Message, here: Hop, until: Deadline) -> Result:
         try:
-            return await self._compute(message, here.take, until, here.reserve_s)
+            return await self._compute(message, here.take, until, here.reserve_s, here.parts)
         except TaskError as error:
             error.hops.insert(0, self._report(here, until, None))
             raise
 
     # --- common ---------------------------------------------------------------------------------------------------------
 
-    async def _compute(self, message: Message, take: Mapping[str, str], until: Deadline, reserve_s: float) -> Result:
+    async def _compute(
+        self,
+        message: Message,
+        take: Mapping[str, str],
+        until: Deadline,
+        reserve_s: float,
+        parts: tuple[Further, ...] = (),
+    ) -> Result:
         inputs, axes = tensors.bind(self.spec, message, take)
-        result = await self._worker.compute(inputs, axes, until, reserve_s, alone=self.in_flight == 1)
+        worker = self._worker
+        if isinstance(worker, Worker):
+            result = await worker.compute(inputs, axes, until, reserve_s, alone=self.in_flight == 1)
+        elif isinstance(worker, GenerationWorker):
+            result = await worker.compute(inputs, axes, until, reserve_s, parts)
+        else:
+            result = await worker.compute(inputs, until, message.parameters.get(SESSION))
         # Counted at the loop's next turn: by then the answer or the next hop's request is on its way.
         asyncio.get_running_loop().call_soon(self._metrics.computed, result.queue_s, result.compute_s)
         return result

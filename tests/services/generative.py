@@ -32,7 +32,7 @@ class Paced:
     """The decoder's graph, which the test may hold: then every run waits until it is allowed."""
 
     def __init__(self, graph: Graph) -> None:
-        self.inputs = graph.inputs
+        self.inputs, self.outputs = graph.inputs, graph.outputs
         self.runs = 0
         """Since the first `hold`."""
         self.batches: list[int] = []

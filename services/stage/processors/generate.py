@@ -11,10 +11,11 @@ for left-padded batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -23,24 +24,15 @@ from services.dataplane.errors import BadRequest
 from services.dataplane.wire import Array
 from services.stage.processors import generate_cache
 from services.stage.processors.generate_cache import Cache, attention_mask
+from services.stage.processors.generate_part import Part
+from services.stage.processors.generate_pass import RunsGraph, cache_names, forward, positions
 from services.stage.processors.generate_sampling import choose
 
 STOP, LENGTH = "stop", "length"
 MAX_TOKENS, TEMPERATURE, TOP_P, SEED = "max_tokens", "temperature", "top_p", "seed"
 INPUT_IDS, MASK, STATES, IMAGE = "input_ids", "attention_mask", "last_hidden_state", "image_embedding"
 _GREATEST_SEED = 2**64
-
-
-class RunsGraph(Protocol):
-    """The part of `services.stage.session.Graph` that a decoder needs."""
-
-    inputs: Mapping[str, np.dtype[Any]]
-
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Outputs by name."""
-
-    def describe(self) -> dict[str, Any]:
-        """Providers and threads."""
+_NAMES = itertools.count()
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +52,8 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     finish: str = ""
     """`stop` or `length` once the last token has been made."""
+    name: int = field(default_factory=lambda: next(_NAMES))
+    """What the further parts of a cut decoder know it by."""
 
 
 @dataclass(slots=True)
@@ -72,6 +66,22 @@ class Batch:
     def __len__(self) -> int:
         """Sequences in it."""
         return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass of a cut decoder, on its way from one part to the next."""
+
+    hidden: Array
+    """(batch, new, d)."""
+    attention_mask: Array
+    """(batch, total)."""
+    position_ids: Array
+    """(batch, new)."""
+    rows: tuple[int, ...]
+    """Names of the sequences, in the order of the batch."""
+    past: tuple[int, ...]
+    """Tokens that each had before."""
 
 
 class Generate:
@@ -104,7 +114,6 @@ class Generate:
         self._embedding = embedding
         self._positions = positions
         self._takes = {tensor.name for tensor in spec.inputs}
-        self._layers = int(parameters["layers"])
         self._shape = (int(parameters["kv_heads"]), int(parameters["head_dim"]))
         self._eos = frozenset(int(token) for token in parameters["eos"])
         self._pad = int(parameters["pad"])
@@ -112,9 +121,12 @@ class Generate:
         self._prefix = np.array(parameters.get("prefix") or [], dtype=np.int64)
         self._suppress = np.array(parameters.get("suppress") or [], dtype=np.int64)
         self._begin_suppress = np.array(parameters.get("begin_suppress") or [], dtype=np.int64)
+        self.parts = int(parameters.get("parts", 1))
+        self.rest: Callable[[Pass], Array] | None = None
+        """Logits of the last position from the further parts; without it (while warming up) there are none, and all are 0."""
         image_token = parameters.get("image_token")
         self._image_token = None if image_token is None else int(image_token)
-        self._cache_names = [f"{i}_{what}" for i in range(self._layers) for what in ("key", "value")]
+        self._cache_names = cache_names(spec)
         self._dtype = graph.inputs[f"past_{self._cache_names[0]}"]
 
     # --- a task's rows --------------------------------------------------------------------------------------------------
@@ -209,7 +221,7 @@ class Generate:
         heads, width = self._shape
         empty = np.zeros((len(rows), heads, 0, width), self._dtype)
         past = Cache(np.zeros_like(lengths), (empty,) * len(self._cache_names), self._cross_of(rows))
-        logits, cache = self._forward(x, lengths, past)
+        logits, cache = self._forward(x, lengths, past, rows)
         batch = Batch(list(rows), cache)
         self._choose(batch, logits)
         return batch
@@ -220,7 +232,7 @@ class Generate:
         x = self._embedding[last][:, None].astype(np.float32, copy=False)
         if self._positions is not None:
             x = x + self._positions[batch.cache.lengths][:, None]
-        logits, cache = self._forward(x, np.ones(len(batch), np.int64), batch.cache)
+        logits, cache = self._forward(x, np.ones(len(batch), np.int64), batch.cache, batch.rows)
         stepped = Batch(batch.rows, cache)
         self._choose(stepped, logits)
         return stepped
@@ -237,19 +249,17 @@ class Generate:
             return None
         return Batch([batch.rows[i] for i in stay], generate_cache.keep(batch.cache, stay))
 
-    def _forward(self, x: Array, counts: Array, cache: Cache) -> tuple[Array, Cache]:
+    def _forward(self, x: Array, counts: Array, cache: Cache, rows: Sequence[Row]) -> tuple[Array, Cache]:
         """One pass over `x` (batch, new, d), of whose columns the last `counts` are tokens of each sequence."""
         lengths = cache.lengths + counts
-        total = cache.past[0].shape[2] + x.shape[1]
-        mask = attention_mask(lengths, total)
-        feed: dict[str, Array] = {"inputs_embeds": x, "attention_mask": mask}
-        if "position_ids" in self._graph.inputs:
-            feed["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -x.shape[1] :]
-        feed |= {f"past_{name}": array for name, array in zip(self._cache_names, cache.past, strict=True)}
-        feed |= {f"cross_{name}": array for name, array in zip(self._cache_names, cache.cross, strict=False)}
-        made = self._graph.run(feed)
-        present = tuple(made[f"present_{name}"] for name in self._cache_names)
-        return made["logits"], Cache(lengths, present, cache.cross)
+        mask = attention_mask(lengths, cache.past[0].shape[2] + x.shape[1])
+        made, cache = forward(self._graph, self._cache_names, {"inputs_embeds": x}, mask, lengths, cache)
+        if self.parts == 1:
+            return made, cache
+        if self.rest is None:
+            return np.zeros((len(x), len(self._embedding)), np.float32), cache
+        past = tuple(int(n) for n in lengths - counts)
+        return self.rest(Pass(made, mask, positions(mask, x.shape[1]), tuple(row.name for row in rows), past)), cache
 
     def _embed(self, row: Row) -> Array:
         x = np.array(self._embedding[row.prompt], dtype=np.float32)
@@ -296,6 +306,8 @@ class Generate:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Whole answers for a task, computed by themselves."""
+        if self.parts > 1 and self.rest is None:
+            raise BadRequest(f"stage {self.spec.name!r} is a part of a decoder; its other parts are found by a pipeline only")
         rows = self.rows(inputs)
         batch: Batch | None = self.prefill(rows)
         while batch is not None:
@@ -309,7 +321,7 @@ class Generate:
         return {**self._graph.describe(), "context": self.context, MAX_TOKENS: self._default_tokens}
 
 
-def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Generate:
+def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Generate | Part:
     """Open the graphs and map the tables; see `services.stage.processors`.
 
     A file's role is told by its name: `STAGE.PRECISION.onnx` is the graph of a step, `STAGE-cross.PRECISION.onnx` makes the
@@ -317,7 +329,15 @@ def open_processor(spec: StageSpec, files: tuple[Path, ...], threads: int) -> Ge
     """
     from services.stage.session import open_graph  # noqa: PLC0415 - tests of the arithmetic need no ONNX Runtime
 
+    if int(spec.parameters.get("parts", 1)) > 1 and spec.parameters.get("encoder"):
+        raise ManifestError(
+            f"stage {spec.name!r} is a part of a decoder with an encoder, which only runs whole; export it uncut"
+        )
     found = {path.name.removeprefix(spec.name).split(".")[0] + path.suffix: path for path in files if path.suffix != ".data"}
+    if int(spec.parameters.get("part", 1)) > 1:
+        if ".onnx" not in found:
+            raise ManifestError(f"stage {spec.name!r} lacks its graph; export the model again (espalier export)")
+        return Part(spec, open_graph(found[".onnx"], threads))
     if not {".onnx", "-embedding.npy"} <= found.keys():
         raise ManifestError(f"stage {spec.name!r} lacks its graph or its embedding; export the model again (espalier export)")
     positions = found.get("-positions.npy")
