@@ -128,8 +128,9 @@ def test_transcribe(families: Families, seed: int) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_generate(families: Families, text: str) -> None:
-    answer = families.ask("generate", prompt=items(text), max_tokens=TOKENS)
+@pytest.mark.parametrize("pipeline", ["generate", "generate-in-parts"])
+def test_generate(families: Families, pipeline: str, text: str) -> None:
+    answer = families.ask(pipeline, prompt=items(text), max_tokens=TOKENS)
     assert answer.text() == whole.continuation(text, NEW)
     assert answer["output_count"] == [NEW]
     assert answer["finish_reason"][0] == b"length"
