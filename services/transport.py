@@ -202,7 +202,7 @@ class StreamedAnswer:
         self._pieces: list[bytes] = []
         self._size = 0
         self._paused = False
-        self._complete = False
+        self._complete = self._closed = False
         self._error: ConnectionError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -233,7 +233,9 @@ class StreamedAnswer:
 
     def close(self) -> None:
         """The end of it: a connection whose answer is complete is kept for the next request, any other is closed."""
-        self._give_back()
+        if not self._closed:
+            self._closed = True
+            self._give_back()
 
     async def begun(self, timeout_s: float) -> None:
         """Wait for the headers, or all of it where it is no 200; see `_Connection.begin`."""

@@ -195,6 +195,8 @@ async def test_a_stream_is_read_as_it_comes_and_its_connection_kept() -> None:
             assert await answer.read(5.0) == b"two"
             assert await answer.read(5.0) == b""
             answer.close()
+            answer.close()
+            assert len({*map(id, *http._idle.values())}) == len(*http._idle.values()) == 1
     assert connections == 1
 
 
