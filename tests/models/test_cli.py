@@ -35,12 +35,12 @@ def test_a_name_of_the_catalogue_needs_no_directory_and_no_source(
 ) -> None:
     del seeded_root
     words = ["--models-dir", str(tmp_path)]
-    assert main(["export", "classifier-ci", *words, "--precision", "fp16", "--cut", "2", "-o", "json"]) == 0
+    assert main(["export", "classifier-ci", *words, "--precision", "fp16", "-o", "json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["directory"] == str(tmp_path / "classifier-ci")
     assert document["manifest"]["weights"] == "seeded"
     stages = {stage["name"]: list(stage["files"]) for stage in document["manifest"]["stages"]}
-    assert stages == {"tokenise": ["float32"], "encode-1": ["float16"], "encode-2": ["float16"], "label": ["float32"]}
+    assert stages == {"tokenise": ["float32"], "encode": ["float16"], "label": ["float32"]}
     assert main(["verify", "classifier-ci", *words, "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["family"] == "bert-classifier"
 
