@@ -44,7 +44,7 @@ check: $(READY) ## style, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) ## overhead, throughput and overload as ratios, out/bench/report.json (about 12 minutes)
+bench: $(READY) ## overhead, throughput and overload as ratios, out/bench/report.json (about 15 minutes)
 	$(BIN)/python -m tests.bench
 
 lock: $(READY) ## pin every requirement file again, with hashes and without addresses

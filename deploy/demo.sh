@@ -16,7 +16,7 @@ in_containers() {
   docker compose --progress quiet up --detach --quiet-pull
   # As the caller, so that the report is the caller's file.
   docker compose --profile load run --rm --no-deps --user "$(id -u):$(id -g)" --volume "$PWD/out/demo:/out" loadgen \
-    espalier bench /etc/espalier/testbed.yaml --url http://orchestrator:8090 --wait 120 --report /out/report.json
+    espalier bench /etc/espalier/testbed.yaml --url http://orchestrator:8090 --wait 240 --report /out/report.json
 }
 
 as_processes() {
@@ -24,7 +24,7 @@ as_processes() {
   export PATH="$PWD/.venv/bin:$PATH"
   espalier export "$testbed"
   trap 'espalier down --testbed "$testbed"' EXIT
-  espalier up "$testbed"
+  espalier up "$testbed" --limit 180
   espalier bench "$testbed" --report "$report"
 }
 

@@ -147,8 +147,16 @@ class Client:
         return Metadata(name, inputs, _positive(told.get("deadline_s")), _positive(told.get("epsilon")))
 
     def encode(self, name: str, identifier: str, tensors: tuple[Tensor, ...], deadline_s: float, *, binary: bool) -> Request:
-        """One task as a request, with its deadline [s] in the X-Request-Timeout-Seconds header; it asks for the hops' times."""
-        body, header_length = encode_request(Message(tensors, id=identifier, parameters={HOPS_WANTED: True}), binary=binary)
+        """One task as a request, with its deadline [s] in the X-Request-Timeout-Seconds header; it asks for the hops' times.
+
+        Raises:
+            SpecError: a tensor that has no form in JSON, an image say, for a server that takes nothing else.
+        """
+        message = Message(tensors, id=identifier, parameters={HOPS_WANTED: True})
+        try:
+            body, header_length = encode_request(message, binary=binary)
+        except TaskError as error:
+            raise SpecError(f"{error}, which this server does not take") from None
         kind, extra = media_type(header_length)
         headers = {"Content-Type": kind, TIMEOUT_HEADER: f"{deadline_s:.6g}", **extra}
         return Request(identifier, self._base / "v2" / "models" / name / "infer", headers, body)

@@ -3,18 +3,20 @@
 Never one payload: a server that caches, or that is only ever warm for one length, would measure too well. Texts have between 3
 and 150 words, log-normal around 20, most between 10 and 40, since the time of an encoder grows with length and mixed lengths
 are what makes batches uneven. Everything is drawn from the generator handed in; the words are made up here, by a grammar of
-one page, and belong to no data set.
+one page, images and sound by `loadgen.media`, and belong to no data set.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import orjson
 
+from loadgen import media
 from loadgen.errors import SpecError
 from services.dataplane.wire import DTYPES, Array, Tensor
 
@@ -22,8 +24,20 @@ MEDIAN_WORDS, SPREAD = 20.0, 0.65
 """Median of a text's words, and the standard deviation of their logarithm."""
 SHORTEST, LONGEST = 3, 150
 
+SHORT_WORDS = (3, 12)
+"""Least and greatest number of words of a query, a prompt or a message: the smallest decoders have room for 96 tokens."""
+
 SMALL_LENGTHS = (4, 16)
 """Least and greatest length drawn for a symbolic axis of a numeric input."""
+
+IMAGE, MAX_TOKENS = "image", "max_tokens"
+RANGES: Mapping[str, tuple[float, float]] = {
+    MAX_TOKENS: (8, 24),
+    "seed": (0, 2**31 - 1),
+    "temperature": (0.0, 1.0),
+    "top_p": (0.5, 1.0),
+}
+"""Least and greatest value of the numeric inputs whose values mean something, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +47,28 @@ class InputSpec:
     name: str
     datatype: str
     shape: tuple[int, ...]
+    optional: bool = False
+    """Whether a task may leave it out."""
 
 
 def payload(inputs: Sequence[InputSpec], rng: np.random.Generator) -> tuple[Tensor, ...]:
     """One task's tensors for these inputs.
 
-    A BYTES input takes texts, as many as its name suggests: `labels` 2 to 6 short topics, `documents` 3 to 8 texts, `query`
-    one short text, any other one text. Along a shape, that number fills the first variable axis; further ones are 1.
-    A numeric input takes random values; its first variable axis is 1 (one item), and each further one has one length between
-    SMALL_LENGTHS that all inputs of the task share, so that ids and their mask agree.
+    A BYTES input takes what its name suggests, and as many: `labels` 2 to 6 short topics, `documents` 3 to 8 texts, `query` and
+    `prompt` one short text, `image` an image file, `audio` a sound file, `messages` a chat of one question, which is about an
+    image where the task has an `image`; any other one text. Along a shape, that number fills the first variable axis; further
+    ones are 1. A numeric input takes random values, within RANGES where its name is there; its first variable axis is 1 (one
+    item), and each further one has one length between SMALL_LENGTHS that all inputs of the task share, so that ids and their
+    mask agree. Of the inputs that may be left out only `max_tokens` is sent: a run would be all about the longest answers.
 
     Raises:
         SpecError: an input of a datatype that the wire does not know.
     """
     axes = max(len(spec.shape) for spec in inputs)
     lengths = [1, *(int(n) for n in rng.integers(SMALL_LENGTHS[0], SMALL_LENGTHS[1] + 1, size=axes))]
-    return tuple(Tensor(spec.name, spec.datatype, _array(spec, lengths, rng)) for spec in inputs)
+    sent = [spec for spec in inputs if not spec.optional or spec.name == MAX_TOKENS]
+    names = {spec.name for spec in sent}
+    return tuple(Tensor(spec.name, spec.datatype, _array(spec, names, lengths, rng)) for spec in sent)
 
 
 def text(rng: np.random.Generator) -> str:
@@ -74,36 +94,46 @@ def _input(entry: Any) -> InputSpec:
     if not isinstance(name, str) or not isinstance(datatype, str) or not isinstance(shape, list):
         raise SpecError("its metadata has an input without name, datatype or shape")
     # Servers write lengths as numbers or, some, as text; anything else varies.
-    return InputSpec(name, datatype, tuple(n if isinstance(n, int) and n >= 0 else -1 for n in shape))
+    lengths = tuple(n if isinstance(n, int) and n >= 0 else -1 for n in shape)
+    return InputSpec(name, datatype, lengths, entry.get("optional") is True)
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------------
 
 
-def _array(spec: InputSpec, lengths: Sequence[int], rng: np.random.Generator) -> Array:
+def _array(spec: InputSpec, names: Collection[str], lengths: Sequence[int], rng: np.random.Generator) -> Array:
     if spec.datatype == "BYTES":
-        return _texts(spec, rng)
+        return _bytes(spec, names, rng)
     if spec.datatype not in DTYPES:
         raise SpecError(f"input {spec.name!r} has the datatype {spec.datatype!r}; this generator can send {', '.join(DTYPES)}")
     shape = tuple(lengths[axis] if length < 0 else length for axis, length in enumerate(spec.shape))
     return _numbers(spec, shape, rng).astype(DTYPES[spec.datatype])
 
 
-def _texts(spec: InputSpec, rng: np.random.Generator) -> Array:
-    several = _SEVERAL.get(spec.name, _one_text)(rng)
+def _bytes(spec: InputSpec, names: Collection[str], rng: np.random.Generator) -> Array:
+    """Elements of a BYTES input of a task that has inputs of these names."""
+    one = _ONE.get(spec.name, _text)
+    several = _SEVERAL[spec.name](rng) if spec.name in _SEVERAL else [one(names, rng)]
     variable = spec.shape.index(-1) if -1 in spec.shape else None
     shape = tuple(length if length >= 0 else len(several) if axis == variable else 1 for axis, length in enumerate(spec.shape))
     count = math.prod(shape)
     # A fixed shape may ask for fewer or more than the name suggests.
-    several = [*several[:count], *(text(rng) for _ in range(count - len(several)))]
+    several = [*several[:count], *(one(names, rng) for _ in range(count - len(several)))]
     array = np.empty(count, dtype=object)
-    array[:] = [each.encode() for each in several]
+    array[:] = several
     return array.reshape(shape)
 
 
 def _numbers(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     if "mask" in spec.name:
         return np.ones(shape)  # a mask of anything else would hide all items of a short task
+    if spec.name in RANGES:
+        least, most = RANGES[spec.name]
+        return (
+            rng.uniform(least, most, shape)
+            if spec.datatype.startswith("FP")
+            else rng.integers(int(least), int(most) + 1, shape)
+        )
     if spec.datatype.startswith("FP"):
         return rng.standard_normal(shape)
     if spec.datatype == "BOOL":
@@ -112,28 +142,54 @@ def _numbers(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) 
     return rng.integers(1, 128, size=shape)
 
 
-def _one_text(rng: np.random.Generator) -> list[str]:
-    return [text(rng)]
+def _text(names: Collection[str], rng: np.random.Generator) -> bytes:
+    del names
+    return text(rng).encode()
 
 
-def _query(rng: np.random.Generator) -> list[str]:
-    return [_prose(int(rng.integers(SHORTEST, 13)), rng)]
+def _short(names: Collection[str], rng: np.random.Generator) -> bytes:
+    del names
+    return _prose(int(rng.integers(SHORT_WORDS[0], SHORT_WORDS[1] + 1)), rng).encode()
 
 
-def _labels(rng: np.random.Generator) -> list[str]:
-    topics = rng.choice(len(_NOUNS), size=int(rng.integers(2, 7)), replace=False)
-    return [f"{_FRAMES[int(rng.integers(len(_FRAMES)))]}{_NOUNS[topic]}" for topic in topics]
+def _image(names: Collection[str], rng: np.random.Generator) -> bytes:
+    del names
+    return media.image(rng)
 
 
-def _documents(rng: np.random.Generator) -> list[str]:
-    return [text(rng) for _ in range(int(rng.integers(3, 9)))]
+def _audio(names: Collection[str], rng: np.random.Generator) -> bytes:
+    del names
+    return media.sound(rng)
 
 
-_SEVERAL: Mapping[str, Callable[[np.random.Generator], list[str]]] = {
-    "labels": _labels,
-    "query": _query,
-    "documents": _documents,
+def _messages(names: Collection[str], rng: np.random.Generator) -> bytes:
+    content: str | list[dict[str, str]] = _short(names, rng).decode()
+    if IMAGE in names:
+        # The image itself travels beside the messages; here is its place among the words.
+        content = [{"type": "image"}, {"type": "text", "text": str(content)}]
+    return orjson.dumps([{"role": "user", "content": content}])
+
+
+_ONE: Mapping[str, Callable[[Collection[str], np.random.Generator], bytes]] = {
+    "query": _short,
+    "prompt": _short,
+    IMAGE: _image,
+    "audio": _audio,
+    "messages": _messages,
 }
+"""What makes one element of a BYTES input of that name, for a task that has inputs of these names."""
+
+
+def _labels(rng: np.random.Generator) -> list[bytes]:
+    topics = rng.choice(len(_NOUNS), size=int(rng.integers(2, 7)), replace=False)
+    return [f"{_FRAMES[int(rng.integers(len(_FRAMES)))]}{_NOUNS[topic]}".encode() for topic in topics]
+
+
+def _documents(rng: np.random.Generator) -> list[bytes]:
+    return [text(rng).encode() for _ in range(int(rng.integers(3, 9)))]
+
+
+_SEVERAL: Mapping[str, Callable[[np.random.Generator], list[bytes]]] = {"labels": _labels, "documents": _documents}
 
 
 # --- the grammar ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a name from the catalogue, a directory, or a hub id, in that order.
+"""Where a checkpoint comes from: a name of the catalogue, a directory, or a hub id, in that order.
 
 Whatever the source, the rest of this folder sees a local directory as `save_pretrained` writes it, so loading never touches
 the network and never unpickles: weights are read from safetensors or not at all. Importing this module is quick; torch and
@@ -11,23 +11,23 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models import seeded
 from models.errors import CheckpointError
-from models.manifest import sha256
+from models.hugging_face import quiet
+from models.manifest import Weights, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
-_CHECKPOINT_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*/config.json")
+_CHECKPOINT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*/config.json")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Checkpoint:
     """Where it came from and which version, for `Manifest.source`; two checkpoints of one source have the same weights."""
     config: Mapping[str, Any]
     """Content of config.json."""
+    weights: Weights = "trained"
+    """`seeded` where the checkpoint itself says so, as those that `models.seeded` builds do."""
 
     @property
     def float32_bytes(self) -> int:
@@ -81,36 +83,56 @@ def resolve(source: str) -> Checkpoint:
     """Find the checkpoint a user named.
 
     Args:
-        source: A name in PACKAGES, a directory, or a hub id (`organisation/name`).
+        source: A name of the catalogue, a directory, or a hub id (`organisation/name`).
 
     Raises:
         CheckpointError: nothing of that name, or no weights in safetensors there.
     """
     if source in PACKAGES:
         return _from_package(source, PACKAGES[source])
+    if source in seeded.CATALOGUE:
+        directory = seeded.checkpoint_directory(source).resolve()
+        return _read(directory, source, f"{source}@{_fingerprint(directory)[:12]}")
     directory = Path(source).expanduser()
     if directory.is_dir():
         directory = directory.resolve()
-        name = directory.name
-        return _read(directory, model_name(name), f"{name}@{_fingerprint(directory)[:12]}")
+        return _read(directory, name_of(source), f"{directory.name}@{_fingerprint(directory)[:12]}")
     if _HUB_ID.match(source):
         return _from_hub(source)
-    raise CheckpointError(f"{source!r} is neither a directory, nor a hub id, nor one of: {', '.join(PACKAGES)}")
+    raise CheckpointError(f"{source!r} is neither a directory, nor a hub id, nor one of: {', '.join(catalogue())}")
 
 
-def load_model(checkpoint: Checkpoint) -> Any:
-    """The whole PyTorch model (a `PreTrainedModel`) in float32 on the CPU, without heads, set to inference.
+def catalogue() -> tuple[str, ...]:
+    """Names that need neither a network nor a directory: those that a package carries, and those built with seeded weights."""
+    return (*PACKAGES, *seeded.CATALOGUE)
+
+
+def name_of(source: str) -> str:
+    """What a model of this source is called, whether or not there is one."""
+    if source in catalogue():
+        return source
+    directory = Path(source).expanduser()
+    return model_name(directory.resolve().name if directory.is_dir() else source.rsplit("/", maxsplit=1)[-1])
+
+
+def load_model(checkpoint: Checkpoint, auto: str = "AutoModel") -> Any:
+    """The whole PyTorch model (a `PreTrainedModel`) in float32 on the CPU, set to inference.
 
     Typed Any, because to the type checker every part of a torch module may be a tensor as well.
+
+    Args:
+        checkpoint: What to load.
+        auto: Class of transformers that loads it: AutoModel gives it without heads, AutoModelForCausalLM and others with one.
 
     Raises:
         CheckpointError: transformers cannot read it; the message is its own.
     """
     with _transformers(checkpoint):
         import torch  # noqa: PLC0415
-        from transformers import AutoModel  # noqa: PLC0415
+        import transformers  # noqa: PLC0415
 
-        model = AutoModel.from_pretrained(checkpoint.directory, use_safetensors=True, dtype=torch.float32)
+        loader: Any = getattr(transformers, auto)
+        model = loader.from_pretrained(checkpoint.directory, use_safetensors=True, dtype=torch.float32)
         model.eval()
         return model
 
@@ -128,6 +150,18 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerFast:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise CheckpointError(f"{checkpoint.source}: its tokenizer has no fast form, which the stages need")
         return tokenizer
+
+
+def load_preprocessor(checkpoint: Checkpoint, name: str) -> Any:
+    """What makes a model's input of something other than text, by its class in transformers (`WhisperFeatureExtractor`, say).
+
+    Raises:
+        CheckpointError: the checkpoint has no preprocessor_config.json, or none of that class.
+    """
+    with _transformers(checkpoint):
+        import transformers  # noqa: PLC0415
+
+        return getattr(transformers, name).from_pretrained(checkpoint.directory)
 
 
 def model_name(text: str) -> str:
@@ -157,10 +191,10 @@ def _from_hub(hub_id: str) -> Checkpoint:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"{hub_id!r} is no directory here, and the hub did not give it: {lines[0]} Where there is no network, "
-            f"name a directory written by save_pretrained, or one of: {', '.join(PACKAGES)}"
+            f"name a directory written by save_pretrained, or one of: {', '.join(catalogue())}"
         ) from error
     directory = Path(path)
-    return _read(directory, model_name(hub_id.rsplit("/", 1)[-1]), f"{hub_id}@{directory.name[:12]}")
+    return _read(directory, name_of(hub_id), f"{hub_id}@{directory.name[:12]}")
 
 
 def _read(directory: Path, name: str, source: str) -> Checkpoint:
@@ -170,7 +204,8 @@ def _read(directory: Path, name: str, source: str) -> Checkpoint:
         raise CheckpointError(f"{source}: no config.json; a checkpoint is a directory as save_pretrained writes it")
     if checkpoint.float32_bytes == 0:
         raise CheckpointError(f"{source}: no *.safetensors; save it again with save_pretrained (pickled weights are not read)")
-    return Checkpoint(directory, name, source, config)
+    weights: Weights = "seeded" if (directory / seeded.MARK).is_file() else "trained"
+    return Checkpoint(directory, name, source, config, weights)
 
 
 def _fingerprint(directory: Path) -> str:
@@ -182,16 +217,9 @@ def _fingerprint(directory: Path) -> str:
 
 @contextmanager
 def _transformers(checkpoint: Checkpoint) -> Iterator[None]:
-    """The one door to transformers: offline, quiet, and its errors translated."""
-    # Read once, when huggingface_hub is first imported. The files are local by now: a look-up could only be slow or fail.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside transformers and torch are not ours to mend
+    """Use transformers, its errors translated."""
+    with quiet():
         try:
-            from transformers.utils import logging  # noqa: PLC0415
-
-            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-            logging.set_verbosity_error()  # type: ignore[no-untyped-call]
             yield
         except CheckpointError:
             raise

@@ -27,7 +27,12 @@ ITEM_BYTES: Mapping[str, int] = {
     "FP16": 2, "FP32": 4, "FP64": 8,
 }  # fmt: skip
 Tier = Literal["core", "light"]
-Precision = Literal["float32", "int8"]
+Weights = Literal["trained", "seeded"]
+"""`seeded`: the real architecture with random weights of a stated seed, good for measuring, useless for answers."""
+Precision = Literal["float32", "float16", "int8"]
+"""What the weights are stored as. What travels between stages is what a stage's tensors say, whatever the precision."""
+GENERATE = "generate"
+"""The processor of a core stage that makes tokens one after another; it keeps the tasks of a batch apart itself."""
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]
 
 
@@ -51,6 +56,8 @@ class TensorSpec(_Document):
     shape: tuple[int | str, ...]
     pad_value: float = 0.0
     """What fills the end of a symbolic axis other than `batch` when tasks of unequal length are batched."""
+    default: int | float | None = None
+    """Of an input: what every item gets where a request leaves it out; None where it may not."""
     bytes_per_item: int = Field(default=0, ge=0)
     """Bytes of one item (batch = 1) at the model's typical lengths, for the placement's link flows."""
 
@@ -58,6 +65,10 @@ class TensorSpec(_Document):
     def batch_axis(self) -> int | None:
         """Index of the batch axis, or None for a tensor that belongs to a whole task (label texts, say)."""
         return self.shape.index(BATCH_AXIS) if BATCH_AXIS in self.shape else None
+
+    def sized(self, batch: int, length: int) -> tuple[int, ...]:
+        """The shape of a batch of so many items whose other symbolic axes all have that length."""
+        return tuple(axis if isinstance(axis, int) else batch if axis == BATCH_AXIS else length for axis in self.shape)
 
 
 class ModelFile(_Document):
@@ -132,6 +143,45 @@ class ServiceLaw(_Document):
         return self.mean_s(units) * self.tail_ratio
 
 
+class GammaFit(_Document):
+    """Service times of tasks of every usual size, one at a time, as a Gamma distribution; fitted by greatest likelihood.
+
+    Density x^(k-1) exp(-x / theta) / (Gamma(k) theta^k) of a service time x [s], with shape k and theta = mean_s / k [s], so
+    that the squared coefficient of variation is 1 / k.
+    """
+
+    samples: int = Field(ge=2)
+    mean_s: float = Field(gt=0)
+    shape: float = Field(gt=0)
+    distance: float = Field(ge=0, le=1)
+    """Kolmogorov-Smirnov distance of the sample from the fit, and"""
+    critical: float = Field(ge=0, le=1)
+    """the distance that a sample of the fit exceeds once in a hundred times."""
+    quantiles_s: tuple[float, ...] = ()
+    """Of the sample, at 5 %, 10 %, ... 95 %."""
+
+    @property
+    def cv2(self) -> float:
+        """Squared coefficient of variation."""
+        return 1 / self.shape
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the times are too far from the fit for chance, at the level of 1 %."""
+        return self.distance > self.critical
+
+
+class GenerationLaw(_Document):
+    """Time of an answer made token by token: prefill(batch x prompt tokens) and a step(batch x tokens so far) for each further.
+
+    The points of its profile are whole answers of `tokens` tokens.
+    """
+
+    prefill: ServiceLaw
+    step: ServiceLaw
+    tokens: int = Field(ge=1)
+
+
 class StageProfile(_Document):
     """What one replica of a stage needs, measured on one machine with `threads` intra-op threads."""
 
@@ -145,6 +195,23 @@ class StageProfile(_Document):
     """Runs left out of the points because other processes held the CPU meanwhile."""
     threads: int = Field(ge=1)
     cpu: str
+    gamma: GammaFit | None = None
+    """Of a light stage: how its service time varies from task to task."""
+    generation: GenerationLaw | None = None
+    """Of a stage that generates."""
+    other_threads: tuple[StageProfile, ...] = ()
+    """The same with other numbers of threads, where those were measured."""
+
+    @property
+    def cv2(self) -> float:
+        """Squared coefficient of variation of the service time at one size, mean over the points by their samples."""
+        samples = sum(point.samples for point in self.points)
+        return math.fsum((point.std_s / point.mean_s) ** 2 * point.samples for point in self.points) / samples
+
+    @property
+    def task_cv2(self) -> float:
+        """Squared coefficient of variation of the service time from task to task: with their sizes, where that was measured."""
+        return self.cv2 if self.gamma is None else self.gamma.cv2
 
 
 class StageSpec(_Document):
@@ -157,7 +224,11 @@ class StageSpec(_Document):
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     files: Mapping[Precision, tuple[ModelFile, ...]] = Field(default_factory=dict)
-    """Files per precision; the first one is what the processor opens. A stage without files has the key float32 with ()."""
+    """Files per precision; the first one is what the processor opens. A stage without files has the key float32 with ().
+
+    A graph is `<stem>.<precision>.onnx` (and its weights the same with `.data`); files without a precision in their name are
+    listed under each that uses them. `<stem>` is the stage's name, or begins with it where the stage has several graphs.
+    """
     parameters: Mapping[str, Any] = Field(default_factory=dict)
     """Constants of the processor: special tokens, longest sequence, pooling mode."""
     max_batch: int = Field(default=1, ge=1)
@@ -170,7 +241,7 @@ class StageSpec(_Document):
             names = [tensor.name for tensor in tensors]
             if len(set(names)) != len(names):
                 raise ValueError(f"stage {self.name!r} has two {side} of the same name: {names}")
-        if self.max_batch > 1:
+        if self.max_batch > 1 and self.processor != GENERATE:
             if any(tensor.batch_axis is None for tensor in (*self.inputs, *self.outputs)):
                 raise ValueError(f"stage {self.name!r} has max_batch {self.max_batch}, but a tensor without a batch axis")
             known = {axis for tensor in self.inputs for axis in tensor.shape}
@@ -193,14 +264,16 @@ class Manifest(_Document):
     source: str
     """Hub id, or the name and version of the package or directory the checkpoint was read from; never a path."""
     architecture: str
-    weights: Literal["trained", "seeded"]
-    """`seeded`: the real architecture with random weights of a stated seed, good for measuring, useless for answers."""
+    """Class of the PyTorch model."""
+    family: str = "bert"
+    """Which of `models.adapters` cut it, and so how `verify` compares it; `bert` in manifests from before there were others."""
+    weights: Weights
     typical_length: Mapping[str, int] = Field(default_factory=dict)
     """Typical length of each symbolic axis other than batch, behind every `bytes_per_item`."""
     versions: Mapping[str, str] = Field(default_factory=dict)
     """Versions of the exporting libraries."""
     tolerances: Mapping[Precision, float] = Field(default_factory=dict)
-    """Largest difference `verify` accepts: float32 absolute; int8 as 1 - cosine of the embeddings."""
+    """Largest difference `verify` accepts: float32 absolute, the others by each family's own measure (docs/models.md)."""
     stages: tuple[StageSpec, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -220,6 +293,17 @@ class Manifest(_Document):
             if stage.name == name:
                 return stage
         raise ManifestError(f"model {self.model!r} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}")
+
+    def parts(self, name: str) -> tuple[StageSpec, ...]:
+        """The stage of that name, or where it was cut further its parts `NAME-1`, `NAME-2`, ... in order.
+
+        Raises:
+            ManifestError: there is neither.
+        """
+        by_name = {stage.name: stage for stage in self.stages}
+        if name in by_name or f"{name}-1" not in by_name:
+            return (self.stage(name),)
+        return tuple(by_name[f"{name}-{i}"] for i in range(1, len(by_name) + 1) if f"{name}-{i}" in by_name)
 
 
 def load(directory: Path) -> Manifest:

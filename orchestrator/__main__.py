@@ -24,7 +24,7 @@ from models.manifest import load as load_manifest
 from orchestrator import bench as benches
 from orchestrator import bundle as bundles
 from orchestrator import client as clients
-from orchestrator import display, facts, lifecycle
+from orchestrator import display, facts, lifecycle, units
 from orchestrator import replay as replays
 from orchestrator import testbed as testbeds
 from orchestrator.errors import EspalierError, TestbedInvalid
@@ -52,6 +52,7 @@ class _Commands(click.Group):
 
 
 _testbed_file = click.argument("testbed", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT_TESTBED)
+_what = click.argument("what", metavar="MODEL|TESTBED", default=str(DEFAULT_TESTBED))
 _models_dir = click.option(
     "--models-dir", type=click.Path(path_type=Path, file_okay=False), default=MODELS, show_default=True,
     help="Where exported models lie, one directory each.",
@@ -62,10 +63,13 @@ _state_dir = click.option(
 )  # fmt: skip
 
 
+def _is_testbed(what: str) -> bool:
+    return Path(what).suffix in (".yaml", ".yml")
+
+
 def _running(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """The name of a running testbed: as it was given, or as the file says that was given instead."""
-    path = Path(value)
-    return testbeds.load(path).testbed.name if path.suffix in (".yaml", ".yml") else value
+    return testbeds.load(Path(value)).testbed.name if _is_testbed(value) else value
 
 
 _url = click.option(
@@ -143,34 +147,82 @@ def _check_models(loaded: testbeds.Loaded, models_dir: Path) -> list[str]:
 
 
 @main.command()
-@_testbed_file
+@_what
 @_models_dir
+@click.option("--out", help="Directory to write [default: MODELS_DIR/NAME].")
+@click.option("--precision", multiple=True, metavar="[fp32|fp16|int8]", help="Once per precision wanted [default: fp32].")
+@click.option("--cut", type=click.IntRange(min=1), help="Parts that each core encoder and decoder is cut into [default: 1].")
+@click.option("--weights", type=click.Choice(["trained", "seeded"]), help="Of a directory that does not say so itself.")
+@click.option("--opset", type=click.IntRange(20, 23), help="ONNX operator set [default: 23]; 20 for old runtimes.")
 @click.option("--force", is_flag=True, help="Export again what is up to date.")
-def export(testbed: Path, models_dir: Path, force: bool) -> None:
-    """Export the testbed's models as stages."""
-    for name, model in testbeds.load(testbed).testbed.models.items():
-        precisions = [word for precision in model.precisions for word in ("--precision", precision)]
-        extra = ["--force"] if force else []
-        _models("export", model.source, "--out", str(models_dir / name), *precisions, *extra)
+def export(what: str, models_dir: Path, opset: int | None, force: bool, **own: Any) -> None:
+    """Export a model, or every model of a testbed, as stages.
+
+    MODEL is a name of the catalogue (minilm, clip-tiny), a directory written by save_pretrained, or a hub id. A TESTBED says
+    itself in which precisions and how many parts.
+    """
+    both = _words(opset=opset, force=force)
+    if not _is_testbed(what):
+        _models("export", what, "--models-dir", str(models_dir), *_words(**own), *both)
+        return
+    if words := _words(**own):
+        raise click.UsageError(f"{what} says of each model how it is exported; {words[0]} is for one MODEL")
+    for name, model in testbeds.load(Path(what)).testbed.models.items():
+        _models("export", *export_words(model, models_dir / name), *both)
+
+
+def _words(**options: Any) -> list[str]:
+    """Options as a command of the models folder takes them; those that were not given are left to it."""
+    words = []
+    for name, value in sorted(options.items()):
+        if value is True:
+            words.append(f"--{name}")
+        elif value:
+            words += [word for each in (value if isinstance(value, tuple) else (value,)) for word in (f"--{name}", str(each))]
+    return words
+
+
+def export_words(model: testbeds.ModelSection, out: Path) -> list[str]:
+    """A model of a testbed, as the command of the models folder takes it."""
+    precisions = [word for precision in model.precisions for word in ("--precision", precision)]
+    return [model.source, "--out", str(out), *precisions, *(["--cut", str(model.cut)] if model.cut > 1 else [])]
 
 
 @main.command()
-@_testbed_file
+@_what
+@click.argument("source", required=False)
 @_models_dir
-def verify(testbed: Path, models_dir: Path) -> None:
-    """Compare the exported stages, chained, with the whole models."""
-    for name, model in testbeds.load(testbed).testbed.models.items():
+def verify(what: str, source: str | None, models_dir: Path) -> None:
+    """Compare the exported stages of a model, or of every model of a testbed, chained, with the whole model.
+
+    MODEL is the directory of an export, or its name below the models' directory. SOURCE is what it was exported from, and is
+    needed only where that was a directory.
+    """
+    if not _is_testbed(what):
+        _models("verify", what, *([source] if source else []), "--models-dir", str(models_dir))
+        return
+    for name, model in testbeds.load(Path(what)).testbed.models.items():
         _models("verify", str(models_dir / name), model.source)
 
 
 @main.command()
-@_testbed_file
+@_what
 @_models_dir
 @click.option("--quick", is_flag=True, help="Fewer samples.")
-def profile(testbed: Path, models_dir: Path, quick: bool) -> None:
-    """Measure service times and memory of the exported stages on this machine."""
-    for name in testbeds.load(testbed).testbed.models:
-        _models("profile", str(models_dir / name), *(["--quick"] if quick else []))
+@click.option("--threads", metavar="N[,N...]", help="Threads of a replica of a core stage [default: 1].")
+@click.option("--plot", help="Draw the profile of one MODEL into this file [default: profile.svg beside its manifest].")
+def profile(what: str, models_dir: Path, plot: str | None, **options: Any) -> None:
+    """Measure service times and memory of the exported stages of a model, or of every model of a testbed, on this machine.
+
+    MODEL is the directory of an export, or its name below the models' directory.
+    """
+    if not _is_testbed(what):
+        _models("profile", what, "--models-dir", str(models_dir), *_words(plot=plot, **options))
+        return
+    if plot:
+        raise click.UsageError(f"{what} has a picture for each of its models; --plot is for one MODEL")
+    for name in testbeds.load(Path(what)).testbed.models:
+        _models("profile", str(models_dir / name), *_words(**options))
 
 
 def _models(*arguments: str) -> None:
@@ -380,15 +432,18 @@ def bench(
         if output == "json":
             click.echo(json.dumps(result.report, indent=2))
         else:
+            if result.report["shared"]:
+                display.console().print(display.shared(result.report["shared"]))
             display.console().print(display.costs(result.report, result.spent))
     sys.exit(result.exit_code)
 
 
 @main.command()
+@_models_dir
 @_output
-def info(output: str) -> None:
-    """Versions, processors, execution providers and running testbeds."""
-    found = facts.gather(STATES)
+def info(models_dir: Path, output: str) -> None:
+    """Versions, processors, execution providers, models with trained or seeded weights, and running testbeds."""
+    found = facts.gather(STATES, models_dir)
     if output == "json":
         click.echo(json.dumps(found, indent=2))
     else:
@@ -398,10 +453,22 @@ def info(output: str) -> None:
 # --- placement ------------------------------------------------------------------------------------------------------------
 
 
+class _Duration(click.ParamType[float]):
+    """A duration with its unit, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return units.duration_s(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 @main.command()
 @_testbed_file
 @_models_dir
-@click.option("--explain", "explained", is_flag=True, help="Say why, what is tight, and what the loss of each node leaves.")
+@click.option("--explain", "explained", is_flag=True, help="Say why, what is tight, what each loss leaves and each cut costs.")
 @click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan as JSON.")
 @click.option(
     "--keep",
@@ -413,6 +480,9 @@ def info(output: str) -> None:
 @click.option("--kappa", type=click.IntRange(min=1), help="Least number of nodes of each core service [default: 2].")
 @click.option(
     "--time-limit", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, help="Of the solver [s]."
+)
+@click.option(
+    "--hop", type=_Duration(), help="Time of a hop beside links, waits and work, for the cost of every cut  [default: 1ms]."
 )
 @click.option("--check-losses", is_flag=True, help="Simulate the loss of every node; ask for more where it leaves too little.")
 @click.option(
@@ -432,6 +502,7 @@ def plan(
     gamma: float | None,
     kappa: int | None,
     time_limit: float,
+    hop: float | None,
     check_losses: bool,
     drawn: Path | None,
     output: str,
@@ -439,7 +510,7 @@ def plan(
     """Where the services of a testbed should run, by the integer program; exit 2 where nothing keeps every rule."""
     from orchestrator import planning  # noqa: PLC0415  the solver takes a second and more to import
 
-    asked = planning.Asked(demands, gamma, kappa, time_limit, keep, check_losses)
+    asked = planning.Asked(demands, gamma, kappa, time_limit, keep, hop, check_losses)
     found = planning.plan(testbeds.load(testbed), models_dir, asked)
     told = json.dumps(planning.document(found), indent=2)
     if save is not None:

@@ -1,7 +1,7 @@
-"""`espalier bench`: the testbed's workload against its gateway, and what serving it cost.
+"""`espalier bench`: the testbed's workload against its gateway, what serving it cost, and which services were shared.
 
 The load is sent by `python -m loadgen` in a process of its own, so that its clock is nobody else's; this module reads the cost
-counter around it and adds `cost` to the report.
+counter around it and adds `cost` and `shared` to the report.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def run(testbed: Testbed, client: Client, options: Options) -> Result:
             return Result(exit_code or RunFailed.exit_code, None, {})
         report = json.loads(path.read_text())
     spent = {kind: after[kind] - before[kind] for kind in COST_KINDS}
-    return Result(exit_code, charge(report, sum(spent.values())), spent)
+    charged = charge(report, sum(spent.values()))
+    return Result(exit_code, {**charged, "shared": shared(charged)}, spent)
 
 
 def _run(argv: Sequence[str], stdout: int | None) -> int:
@@ -109,6 +110,15 @@ def charge(report: Mapping[str, Any], cost: float) -> dict[str, Any]:
         for name, section in report["pipelines"].items()
     }
     return {**report, "cost": cost, "pipelines": pipelines}
+
+
+def shared(report: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Service -> pipeline -> visits that its replicas reported, of every service that several pipelines came by."""
+    visits: dict[str, dict[str, int]] = {}
+    for pipeline, section in report["pipelines"].items():
+        for service, stage in section["stages"].items():
+            visits.setdefault(service, {})[pipeline] = stage["visits"]
+    return {service: by_pipeline for service, by_pipeline in visits.items() if len(by_pipeline) > 1}
 
 
 def compute_s(stages: Iterable[Mapping[str, Any]]) -> float:

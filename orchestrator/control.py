@@ -43,6 +43,7 @@ from orchestrator.telemetry import sources, targets
 from orchestrator.telemetry.live import Live
 from orchestrator.telemetry.sources import Endpoint
 from orchestrator.testbed import Loaded, Testbed
+from services.dataplane import fusing
 from services.dataplane.routes import Routes
 
 log = logging.getLogger(__name__)
@@ -403,13 +404,14 @@ class Orchestrator:
     def _launch(self, name: str) -> Launch:
         section = self._testbed.services[name]
         options = [
-            *("--stage", section.stage, "--service", name, "--precision", section.precision),
+            *("--stage", ",".join(section.members), "--service", name, "--precision", section.precision),
             *("--cpus", f"{section.cpus_at_most:g}", "--queue-capacity", str(section.queue_capacity)),
             *("--drain-grace", f"{section.drain_grace:g}"),
         ]
         if section.max_batch is not None:
             options += ["--max-batch", str(section.max_batch)]
-        manifest = self._plan.manifests[section.model].model_dump_json()
+        # Of the model as it lies there: what is fused for another service is no reason to start this one anew.
+        manifest = fusing.as_exported(self._plan.manifests[section.model]).model_dump_json()
         return Launch(
             model=section.model,
             options=tuple(options),

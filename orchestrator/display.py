@@ -74,10 +74,26 @@ def pairs(rows: Mapping[str, object]) -> Table:
 
 def _plain(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {each}" for name, each in value.items()) or "none"
+        return ", ".join(f"{name} {_inside(each)}" for name, each in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     return str(value)
+
+
+def shared(services: Mapping[str, Mapping[str, int]]) -> Table:
+    """Which services several pipelines shared, and how often each came by."""
+    table = Table(title="Services that pipelines shared: visits computed", title_justify="left", box=SIMPLE)
+    table.add_column("service")
+    table.add_column("visits", justify="right")
+    table.add_column("of them")
+    for service, pipelines in services.items():
+        parts = ", ".join(f"{pipeline} {visits}" for pipeline, visits in pipelines.items())
+        table.add_row(service, str(sum(pipelines.values())), parts)
+    return table
+
+
+def _inside(value: object) -> str:
+    return f"({_plain(value)})" if isinstance(value, Mapping) else str(value)
 
 
 def costs(report: Mapping[str, Any], kinds: Mapping[str, float]) -> Table:

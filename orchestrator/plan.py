@@ -7,6 +7,7 @@ only then do services that are no longer wanted go. So going back is possible un
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ class Plan:
 
     loaded: Loaded
     manifests: Mapping[str, Manifest]
+    """With a stage more for every fused service (`wiring.with_fused`)."""
     wiring: Wiring
     placed: core.Counts = field(default_factory=dict)
     """Where core replicas go (`survey.settled`); without an entry, as many as the file says go where there is room."""
@@ -101,7 +103,7 @@ class Plan:
             nodes=testbed.core_nodes(),
             targets=self.targets(),
             placed=self.placed,
-            flows=testbed.flows(),
+            flows=self.flows(),
             latencies_s=testbed.latencies_s(),
             stale_after_s=testbed.control.stale_after,
             laws=laws,
@@ -109,6 +111,11 @@ class Plan:
             prices=testbed.prices(),
             slot_s=testbed.control.slot,
         )
+
+    def flows(self) -> frozenset[tuple[str, str]]:
+        """Pairs of services that pass tensors on: from step to step, and between the parts of a decoder."""
+        steps = [step for pipeline in self.wiring.pipelines.values() for step in pipeline.steps]
+        return self.testbed.flows() | {pair for step in steps for pair in itertools.pairwise(step.services)}
 
     def place(self, targets: Mapping[str, core.Target], keep: core.Placement | None) -> core.Placement:
         """Nodes for these targets.
@@ -119,7 +126,7 @@ class Plan:
         testbed = self.testbed
         return greedy.place(
             tuple(self.services().values()), testbed.core_nodes(), targets,
-            flows=testbed.flows(), latencies_s=testbed.latencies_s(), keep=keep,
+            flows=self.flows(), latencies_s=testbed.latencies_s(), keep=keep,
         )  # fmt: skip
 
 
@@ -137,7 +144,7 @@ def make(loaded: Loaded, models_dir: Path) -> Plan:
     wired = wiring.wire(loaded.testbed, found)
     if wired.problems:
         raise loaded.complain(wired.problems)
-    plan = Plan(loaded, found, wired)
+    plan = Plan(loaded, wired.manifests, wired)
     plan.policy()
     return plan
 
@@ -153,9 +160,12 @@ def between(old: Plan, new: Plan) -> Plan:
         update={part: {**getattr(old.testbed, part), **getattr(new.testbed, part)} for part in ("nodes", "models", "services")}
         | {"pipelines": old.testbed.pipelines}
     )
+    manifests, problems = wiring.with_fused(testbed, {**old.manifests, **new.manifests})
+    if problems:
+        raise new.loaded.complain(problems)
     return Plan(
         replace(new.loaded, testbed=testbed),
-        {**old.manifests, **new.manifests},
+        manifests,
         Wiring(old.wiring.pipelines, {**old.wiring.tiers, **new.wiring.tiers}, ()),
         {**old.placed, **new.placed},
     )

@@ -12,10 +12,11 @@ from orchestrator import plan as plans
 from orchestrator.core import Placement
 from orchestrator.errors import UsageError
 from orchestrator.placement import explain
+from orchestrator.placement.cuts import Ground, Part
 from orchestrator.placement.explain import Beside, Plan, document, lines
 from orchestrator.placement.picture import picture
 from orchestrator.placement.program import Limits
-from orchestrator.survey import defaults, survey
+from orchestrator.survey import Survey, defaults, survey
 from orchestrator.testbed import Loaded, did_you_mean
 
 __all__ = ["Asked", "document", "lines", "picture", "plan", "read"]
@@ -32,6 +33,8 @@ class Asked:
     time_limit_s: float = 60.0
     keep: Path | None = None
     """A saved plan that runs now."""
+    hop_s: float | None = None
+    """Time of a hop beside links, waits and work [s]; default: `plan.HOP_S`."""
     check_losses: bool = False
     """Simulate the loss of every node, and ask for more where it leaves too little."""
 
@@ -57,16 +60,37 @@ def plan(loaded: Loaded, models_dir: Path, asked: Asked) -> Plan:
     beside = Beside(
         light=tuple(service for service in made.services().values() if service.tier == "light"),
         targets=testbed.targets(),
-        flows=tuple(sorted(testbed.flows())),
+        flows=tuple(sorted(made.flows())),
         current=None if asked.keep is None else read(asked.keep),
     )
-    return explain.make(
+    chosen = explain.make(
         found.problem,
         Limits(time_s=asked.time_limit_s),
         beside,
         assumptions=found.assumptions,
         trial=losses.of_testbed(made, found.problem, found.manifests, beside) if asked.check_losses else None,
     )
+    hop_s = plans.HOP_S if asked.hop_s is None else asked.hop_s
+    pipelines = tuple(made.wiring.pipelines.values())
+    return replace(chosen, ground=_ground(made, found, chosen.placement, hop_s), pipelines=pipelines)
+
+
+def _ground(made: plans.Plan, found: Survey, placement: Placement, hop_s: float) -> Ground:
+    testbed = made.testbed
+    parts = {
+        name: Part(
+            model=made.manifests[section.model],
+            members=section.members,
+            stage=made.stage(name),
+            precision=section.precision,
+            work_s=found.service_s[name],
+            memory_bytes=section.memory,
+            nodes=tuple(node for node, count in placement.ready.get(name, {}).items() for _ in range(count)),
+            measured=section.precision in made.stage(name).profile,
+        )
+        for name, section in testbed.services.items()
+    }
+    return Ground(parts, testbed.gateway_node, hop_s, testbed.link_table(), found.rates, found.problem.parameters.utilisation)
 
 
 def _demand(text: str, pipelines: Collection[str]) -> tuple[str, float]:

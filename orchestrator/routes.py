@@ -65,6 +65,7 @@ class Map:
             model=section.model,
             stage=section.stage,
             tier=stage.tier,
+            weights=manifest.weights,
             inputs=stage.inputs,
             outputs=stage.outputs,
             replicas=tuple(

@@ -46,6 +46,10 @@ class Survey:
     problem: Problem
     manifests: Mapping[str, Manifest]
     """With a profile of every stage that is served, measured or assumed."""
+    service_s: Mapping[str, float]
+    """By service, mean time of one task alone [s]."""
+    rates: Mapping[str, float]
+    """Demand by pipeline [tasks/s]."""
     assumptions: tuple[str, ...]
 
 
@@ -69,9 +73,10 @@ def survey(made: plans.Plan, rates: Mapping[str, float] | None = None, parameter
     if not core:
         raise UsageError("the testbed has no core service, so there is nothing for the program to place")
     hosted = tuple(Hosted(s, times[s.name], 1 / times[s.name], testbed.services[s.name].replicas) for s in core)
+    demand = _rates(testbed, rates, assumptions)
     demands = [
         demand_of(made.wiring.pipelines[name], rate, testbed.gateway_node, stages, times)
-        for name, rate in _rates(testbed, rates, assumptions).items()
+        for name, rate in demand.items()
         if rate > 0
     ]
     both = {pair: link for link in testbed.links for pair in (link.between, link.between[::-1])}
@@ -84,7 +89,7 @@ def survey(made: plans.Plan, rates: Mapping[str, float] | None = None, parameter
         reserve=_reserve(testbed, services),
         parameters=parameters or defaults(testbed),
     )
-    return Survey(problem, manifests, tuple(assumptions))
+    return Survey(problem, manifests, times, demand, tuple(assumptions))
 
 
 def defaults(testbed: Testbed) -> Parameters:

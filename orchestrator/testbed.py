@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from loadgen import arrivals
@@ -26,6 +26,7 @@ from orchestrator.costs import Prices
 from orchestrator.errors import Infeasible, TestbedInvalid
 from orchestrator.marked_yaml import Problem
 from orchestrator.placement import greedy
+from services.dataplane import fusing
 from services.dataplane.pipeline import REQUEST, name_of, step_of
 from services.dataplane.routes import Link
 
@@ -33,6 +34,15 @@ Duration = Annotated[float, BeforeValidator(units.duration_s)]
 Size = Annotated[int, BeforeValidator(units.size_bytes)]
 Bandwidth = Annotated[float, BeforeValidator(units.bytes_per_s)]
 MISSING = "is missing"
+PRECISIONS: Mapping[str, Precision] = {"fp32": "float32", "fp16": "float16"}
+"""Short names that the command line takes too."""
+
+
+def _in_full(value: Any) -> Any:
+    return PRECISIONS.get(value, value) if isinstance(value, str) else value
+
+
+StoredAs = Annotated[Precision, BeforeValidator(_in_full)]
 
 
 class Section(BaseModel):
@@ -61,17 +71,22 @@ class ModelSection(Section):
     """A foundation model, exported as stages into a directory of its own."""
 
     source: str = Field(min_length=1)
-    precisions: tuple[Precision, ...] = Field(default=("float32",), min_length=1)
+    precisions: tuple[StoredAs, ...] = Field(default=("float32",), min_length=1)
+    cut: int = Field(default=1, ge=1)
+    """Parts that every core stage is cut into, at layer boundaries; above 1 their stages are `NAME-1`, `NAME-2`, ..."""
 
 
 class ServiceSection(Section):
-    """A stage as deployed."""
+    """A stage as deployed, or several stages of one model fused into one."""
 
     model: Name
     stage: Name
+    """Of a fused service the name of what its stages become (`services.dataplane.fusing`)."""
+    stages: tuple[Name, ...] = ()
+    """The stages of a fused service, in the order they compute in."""
     tier: Tier | None = None
     """Checked against the manifest where it is given."""
-    precision: Precision = "float32"
+    precision: StoredAs = "float32"
     cpus: float = Field(gt=0)
     """What placement reserves for one replica at work."""
     cpu_limit: float | None = Field(default=None, ge=0.01)
@@ -89,6 +104,19 @@ class ServiceSection(Section):
     max_batch: int | None = Field(default=None, ge=1)
     drain_grace: Duration = Field(default=10.0, gt=0)
     """How long a replica that is told to stop may finish what it has."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_what_is_fused(cls, data: Any) -> Any:
+        stages = data.get("stages") if isinstance(data, dict) else None
+        if not isinstance(stages, list | tuple) or "stage" in data or not all(isinstance(name, str) for name in stages):
+            return data
+        return {**data, "stage": fusing.name_of(stages)} if stages else data
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The stages that a replica opens: one, but for a fused service."""
+        return self.stages or (self.stage,)
 
     @property
     def cpus_at_most(self) -> float:
@@ -114,6 +142,8 @@ class PipelineSection(Section):
 
     deadline: Duration = Field(gt=0)
     epsilon: float = Field(gt=0, lt=1)
+    token_deadline: Duration | None = Field(default=None, gt=0)
+    """Of a streamed answer: longest time from one token to the next, once the first is there."""
     steps: tuple[StepSection, ...] = Field(min_length=1)
     outputs: Mapping[str, str] = Field(min_length=1)
 
@@ -311,6 +341,8 @@ def _services(testbed: Testbed) -> Iterator[Problem]:
         elif service.precision not in model.precisions and service.precision != "float32":
             made = ", ".join(model.precisions)
             yield Problem((*path, "precision"), f"model {service.model!r} is exported as {made} only; add it to its precisions")
+        if service.stages:
+            yield from _fused((*path, "stages"), service)
         for node in service.nodes:
             if node not in testbed.nodes:
                 yield Problem((*path, "nodes"), f"there is no node {node!r}{did_you_mean(node, testbed.nodes)}")
@@ -319,6 +351,16 @@ def _services(testbed: Testbed) -> Iterator[Problem]:
         if service.floor > service.replicas:
             yield Problem((*path, "floor"), f"{service.floor} is more than the {service.replicas} replicas asked for")
         yield from _too_big(testbed, name, service)
+
+
+def _fused(path: marked_yaml.Path, service: ServiceSection) -> Iterator[Problem]:
+    if service.stage != fusing.name_of(service.stages):
+        yield Problem(path, f"there is also stage: {service.stage}; name one stage, or the stages that are fused")
+    elif len(service.stages) == 1:
+        yield Problem(path, f"one stage has nothing to be fused with; write stage: {service.stage}")
+    for i, name in enumerate(service.stages):
+        if name in service.stages[:i]:
+            yield Problem((*path, i), f"{name!r} is there already")
 
 
 def _too_big(testbed: Testbed, name: str, service: ServiceSection) -> Iterator[Problem]:

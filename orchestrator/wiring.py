@@ -1,20 +1,24 @@
 """Steps and manifests become pipelines: every input of every step gets its reference, and every edge is checked.
 
 An input that the testbed names comes from there. Any other is wired by tensor name, from the nearest earlier step that outputs
-that name; `after` narrows the search to one step and its ancestors. Both ends of an edge must agree on datatype and shape.
+that name; `after` narrows the search to one step and its ancestors. What no step outputs but has a default is taken from the
+request, which may leave it out. Both ends of an edge must agree on datatype and shape. A step at the first part of a decoder
+that was cut gets the services of the other parts too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
-from models.manifest import Manifest, ManifestError, StageSpec, TensorSpec, Tier
+from models.manifest import Manifest, StageSpec, TensorSpec, Tier
 from orchestrator.marked_yaml import Path, Problem
-from orchestrator.testbed import PipelineSection, StepSection, Testbed, did_you_mean
-from services.dataplane.pipeline import REQUEST, Pipeline, Step, name_of, step_of
+from orchestrator.testbed import PipelineSection, ServiceSection, StepSection, Testbed, did_you_mean
+from services.dataplane import fusing
+from services.dataplane.fusing import CannotFuse
+from services.dataplane.pipeline import REQUEST, Pipeline, Step, agree, name_of, step_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,34 +30,62 @@ class Wiring:
     """By service."""
     problems: tuple[Problem, ...]
     """Empty where everything fits; otherwise the rest is not to be used."""
+    manifests: Mapping[str, Manifest] = field(default_factory=dict)
+    """The models, each with a stage more for every fused service of it."""
 
 
 def wire(testbed: Testbed, manifests: Mapping[str, Manifest]) -> Wiring:
     """Wire every pipeline. `manifests` holds every model of the testbed, by its name there."""
     stages: dict[str, StageSpec] = {}
-    problems: list[Problem] = []
-    for name in testbed.services:
-        problems += _stage(testbed, name, manifests, stages)
+    manifests, problems = with_fused(testbed, manifests)
+    if not problems:
+        for name in testbed.services:
+            problems += _stage(testbed, name, manifests, stages)
     pipelines: dict[str, Pipeline] = {}
     if not problems:
         for name, section in testbed.pipelines.items():
-            wired = _Wires(("pipelines", name), section, stages)
+            wired = _Wires(("pipelines", name), section, stages, testbed.services)
             problems += wired.run()
             if wired.pipeline is not None:
                 pipelines[name] = wired.pipeline
-    return Wiring(pipelines, {name: stage.tier for name, stage in stages.items()}, tuple(problems))
+    return Wiring(pipelines, {name: stage.tier for name, stage in stages.items()}, tuple(problems), manifests)
+
+
+def with_fused(testbed: Testbed, manifests: Mapping[str, Manifest]) -> tuple[dict[str, Manifest], list[Problem]]:
+    """The models with a stage more for every fused service of the testbed, and what is in the way of that."""
+    found, problems = dict(manifests), list[Problem]()
+    for name, section in testbed.services.items():
+        if section.stages:
+            path, model = ("services", name, "stages"), found[section.model]
+            unknown = list(_unknown(path, section.model, model, section.stages))
+            problems += unknown
+            if not unknown:
+                try:
+                    found[section.model] = fusing.with_fused(model, section.stages)
+                except CannotFuse as error:
+                    problems.append(Problem(path, str(error)))
+    return found, problems
+
+
+def _unknown(path: Path, name: str, model: Manifest, stages: tuple[str, ...]) -> Iterator[Problem]:
+    known = [stage.name for stage in fusing.as_exported(model).stages]
+    for i, stage in enumerate(stages):
+        if stage not in known:
+            yield Problem((*path, i), _no_stage(name, stage, known))
+
+
+def _no_stage(model: str, stage: str, known: Collection[str]) -> str:
+    return f"model {model!r} has no stage {stage!r}" + (did_you_mean(stage, known) or f"; it has {', '.join(known)}")
 
 
 def _stage(testbed: Testbed, name: str, manifests: Mapping[str, Manifest], stages: dict[str, StageSpec]) -> Iterator[Problem]:
     section = testbed.services[name]
     path = ("services", name)
-    try:
-        stage = manifests[section.model].stage(section.stage)
-    except ManifestError:
-        known = [stage.name for stage in manifests[section.model].stages]
-        hint = did_you_mean(section.stage, known) or f"; it has {', '.join(known)}"
-        yield Problem((*path, "stage"), f"model {section.model!r} has no stage {section.stage!r}{hint}")
+    known = [stage.name for stage in fusing.as_exported(manifests[section.model]).stages]
+    if section.stage not in known and not section.stages:
+        yield Problem((*path, "stage"), _no_stage(section.model, section.stage, known))
         return
+    stage = manifests[section.model].stage(section.stage)
     if section.precision not in stage.files:
         made = ", ".join(stage.files)
         yield Problem((*path, "precision"), f"stage {stage.name!r} was exported as {made}, not as {section.precision}")
@@ -69,6 +101,7 @@ class _Wires:
     path: Path
     section: PipelineSection
     stages: Mapping[str, StageSpec]
+    services: Mapping[str, ServiceSection]
     steps: dict[str, Step] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     pipeline: Pipeline | None = None
@@ -90,7 +123,8 @@ class _Wires:
     def _wire(self, i: int, step: StepSection) -> None:
         stage = self.stages[step.service]
         path = (*self.path, "steps", i)
-        names = [tensor.name for tensor in stage.inputs]
+        defaults = {tensor.name: tensor.default for tensor in stage.inputs}
+        names = list(defaults)
         for name in step.inputs:
             if name not in names:
                 hint = did_you_mean(name, names) or f"; it takes {', '.join(names)}"
@@ -99,10 +133,37 @@ class _Wires:
         for name in names:
             if name not in inputs and (source := self._source(step, name)) is not None:
                 inputs[name] = f"{source}.{name}"
+            elif name not in inputs and defaults[name] is not None:
+                inputs[name] = f"{REQUEST}.{name}"
             elif name not in inputs:
                 where = f"neither {step.after!r} nor its ancestors give" if step.after else "no earlier step gives"
                 self._complain(path, f"{where} the input {name!r} of step {step.id!r}; name it under inputs")
-        self.steps[step.id] = Step(id=step.id, service=step.service, inputs={n: inputs[n] for n in names if n in inputs})
+        self.steps[step.id] = Step(
+            id=step.id,
+            service=step.service,
+            inputs={n: inputs[n] for n in names if n in inputs},
+            parts=tuple(self._parts((*path, "service"), step.service)),
+        )
+
+    def _parts(self, path: Path, service: str) -> Iterator[str]:
+        """Services with the further parts of a decoder that was cut, where the step's has the first."""
+        stage, section = self.stages[service], self.services[service]
+        number, parts = stage.parameters.get("part", 1), stage.parameters.get("parts", 1)
+        if number > 1:
+            self._complain(path, f"{service!r} is part {number} of a decoder; a step names the first, which calls it")
+            return
+        for i in range(2, parts + 1):
+            wanted = f"{stage.name.rpartition('-')[0]}-{i}"
+            found = [name for name, each in self.services.items() if (each.model, each.stage) == (section.model, wanted)]
+            # Of several the one that is stored as the first part is.
+            found.sort(key=lambda name: self.services[name].precision != section.precision)
+            if not found:
+                self._complain(
+                    path,
+                    f"{service!r} is part 1 of {parts} of a decoder, and no service serves {wanted!r} of {section.model!r}",
+                )
+                return
+            yield found[0]
 
     def _source(self, step: StepSection, tensor: str) -> str | None:
         """The nearest earlier step that outputs the tensor."""
@@ -130,14 +191,14 @@ class _Wires:
                 ref = self.steps[step.id].inputs[taken.name]
                 path = (*self.path, "steps", i, "inputs", taken.name)
                 given = self._given(path, ref, taken)
-                if given is not None and not _agree(given, taken):
+                if given is not None and not agree(given, taken):
                     self._complain(path, f"{ref} is {_words(given)}, but {step.service!r} takes {_words(taken)}")
 
     def _build(self) -> None:
         try:
             self.pipeline = Pipeline(
-                name=str(self.path[-1]), deadline_s=self.section.deadline, epsilon=self.section.epsilon,
-                steps=tuple(self.steps.values()), outputs=self.section.outputs,
+                name=str(self.path[-1]), deadline_s=self.section.deadline, token_deadline_s=self.section.token_deadline,
+                epsilon=self.section.epsilon, steps=tuple(self.steps.values()), outputs=self.section.outputs,
             )  # fmt: skip
         except ValidationError:
             # The file's own words hold no cycle (testbed.check), so it came in with the wires added here.
@@ -165,14 +226,6 @@ class _Wires:
 
     def _complain(self, path: Path, message: str) -> None:
         self.problems.append(Problem(path, message))
-
-
-def _agree(given: TensorSpec, taken: TensorSpec) -> bool:
-    """Equal datatype and rank; fixed lengths equal where both are fixed, and a symbolic one takes anything."""
-    if given.datatype != taken.datatype or len(given.shape) != len(taken.shape):
-        return False
-    pairs = zip(given.shape, taken.shape, strict=True)
-    return all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in pairs)
 
 
 def _words(tensor: TensorSpec) -> str:

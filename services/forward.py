@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import orjson
 
-from services.dataplane import errors, itinerary
+from services.dataplane import errors, itinerary, streams
 from services.dataplane.errors import Expired, NoReplica, UpstreamFailed
 from services.dataplane.itinerary import Candidate
 from services.dataplane.routing import RetryBudget, RouteBook
+from services.dataplane.streams import Frame
 from services.dataplane.wire import HEADER_LENGTH, Part
-from services.transport import HttpAnswer, TimedOut, Transport, Unreachable
+from services.transport import HttpAnswer, StreamedAnswer, TimedOut, Transport, Unreachable
+
+A = TypeVar("A", HttpAnswer, HttpAnswer | StreamedAnswer)
 
 TRACE_HEADERS = ("traceparent", "tracestate", "x-request-id")
 """Passed on by every hop, whether or not anybody traces."""
@@ -62,6 +66,51 @@ class Forwarder:
         Raises:
             TaskError: what the stage answered, Expired when time ran out, or UpstreamFailed when nobody could be reached.
         """
+        return await self._asked(call, self._transport.post)
+
+    async def open(self, call: Call) -> StreamedAnswer:
+        """As `post`, for an answer in frames: it has begun. Read it with `frames`, which closes it."""
+        answer = await self._asked(call, self._transport.stream)
+        if isinstance(answer, StreamedAnswer):
+            if answer.headers.get("content-type") == streams.MEDIA_TYPE:
+                return answer
+            answer.close()
+        raise UpstreamFailed(f"service {call.service!r} answered nonsense: it does not stream", stage=call.service)
+
+    async def frames(self, call: Call, answer: StreamedAnswer, stall_s: float) -> AsyncGenerator[Frame]:
+        """The frames of an answer that `open` has begun, the last one an end.
+
+        Args:
+            call: what it answers.
+            answer: the answer.
+            stall_s: longest wait for more [s].
+
+        Raises:
+            TaskError: what the stream itself says; Expired where nothing came for so long, UpstreamFailed where it broke off
+                or is no stream.
+        """
+        reader = streams.Reader()
+        try:
+            while piece := await answer.read(stall_s):
+                for frame in reader.feed(piece):
+                    if frame.kind == "error":
+                        raise streams.failure(frame, call.service)
+                    yield frame
+                    if frame.kind != "answer":
+                        await answer.read(stall_s)  # the end of the HTTP answer, so that the connection can be kept
+                        return
+            raise UpstreamFailed(f"service {call.service!r} ended a stream in the middle", stage=call.service)
+        except Unreachable as error:
+            self.book.failed(call.replica, time.monotonic())
+            raise UpstreamFailed(f"service {call.service!r} broke off ({error})", stage=call.service) from None
+        except TimedOut:
+            raise Expired(f"no token came from service {call.service!r} for {stall_s:.3f} s", stage=call.service) from None
+        except ValueError as error:
+            raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
+        finally:
+            answer.close()
+
+    async def _asked(self, call: Call, ask: Callable[[str, Sequence[Part], Mapping[str, str], float], Awaitable[A]]) -> A:
         # No content type: to our own stages the length of the JSON part says it all.
         headers = dict(call.trace)
         if call.header_length is not None:
@@ -74,7 +123,7 @@ class Forwarder:
                 break
             call.replica = candidate.replica
             try:
-                answer = await self._transport.post(candidate.url, call.body, headers, max(call.due - now, 0.001))
+                answer = await ask(candidate.url, call.body, headers, max(call.due - now, 0.001))
             except Unreachable as error:
                 self.book.failed(candidate.replica, time.monotonic())
                 call.failed.append(candidate.replica)
@@ -84,7 +133,7 @@ class Forwarder:
                 raise Expired(f"the deadline passed while service {call.service!r} worked", stage=call.service) from None
             finally:
                 call.elapsed_s = time.monotonic() - now
-            if answer.status == 200:
+            if answer.status == 200 or not isinstance(answer, HttpAnswer):
                 return answer
             refusal = _refusal(answer, call.service)
             if answer.status not in RETRY_STATUSES or refusal.stage != call.service:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -46,6 +46,18 @@ class Answer(NamedTuple):
     body: bytes
 
 
+class Stream(NamedTuple):
+    """An answer that is sent while it is made: status and headers with the first piece, then one chunk a piece.
+
+    The pieces are iterated as soon as the endpoint returns, and closed whatever happens. Whoever makes them tells errors among
+    them; what they raise cuts the connection. The next piece is asked for when there is room for it on the way.
+    """
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    pieces: AsyncGenerator[bytes]
+
+
 def content(header_length: int | None) -> list[tuple[bytes, bytes]]:
     """Headers of an answer whose body `wire` has encoded: its type, and the length of its JSON part where tensors follow."""
     media, headers = wire.media_type(header_length)
@@ -59,13 +71,13 @@ class Endpoint:
     """Serves one hot path. Whatever `work` raises becomes an answer here and nowhere else."""
 
     def __init__(
-        self, work: Callable[[Request], Awaitable[Answer]], *, body_limit: int, shape: ErrorShape = TaskError.body
+        self, work: Callable[[Request], Awaitable[Answer | Stream]], *, body_limit: int, shape: ErrorShape = TaskError.body
     ) -> None:
         self.body_limit = body_limit
         self._work = work
         self._shape = shape
 
-    async def answer(self, request: Request) -> Answer:
+    async def answer(self, request: Request) -> Answer | Stream:
         """The answer, come what may; only cancellation passes."""
         try:
             return await self._work(request)

@@ -25,12 +25,13 @@ def new_app(title: str, lifespan: Callable[[FastAPI], AbstractAsyncContextManage
 
 
 def tensor_metadata(tensor: TensorSpec) -> dict[str, Any]:
-    """A tensor as OIP tells it: a symbolic axis is -1."""
-    return {
+    """A tensor as OIP tells it: a symbolic axis is -1; beside it, what an input is where a request leaves it out."""
+    told = {
         "name": tensor.name,
         "datatype": tensor.datatype,
         "shape": [-1 if isinstance(axis, str) else axis for axis in tensor.shape],
     }
+    return told if tensor.default is None else {**told, "optional": True, "default": tensor.default}
 
 
 def readiness(ready: bool, name: str | None = None) -> JSONResponse:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import math
 import socket
 import time
@@ -21,7 +22,9 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from services.dataplane.errors import BadRequest, TaskError, TooLarge
-from services.hotpath import Answer, Endpoint, Front, Request
+from services.hotpath import Answer, Endpoint, Front, Request, Stream
+
+log = logging.getLogger(__name__)
 
 QUIET_S = 0.5
 """Nothing in flight for this long ends the drain early."""
@@ -32,6 +35,8 @@ WATCH_S = 5.0
 """Seconds between two looks at how long a connection has been at what it is at."""
 READ_S = 30.0
 """Longest time from a connection's start, or a request's first byte, to the request's last; then the connection is cut."""
+WRITE_S = 30.0
+"""Longest time a client may leave a streamed answer unread once the buffers on the way are full; then the connection is cut."""
 HEADER_BYTES = 64 << 10
 """Most bytes of a request's headers (and of one data chunk more, before it is noticed)."""
 HEADERS_TOO_LARGE = 431
@@ -281,7 +286,38 @@ class _HotCycle:
             self._task.cancel()
 
     async def _answer(self, request: Request) -> None:
-        self._send(await self._endpoint.answer(request))
+        answer = await self._endpoint.answer(request)
+        if isinstance(answer, Answer):
+            self._send(answer)
+        else:
+            await self._stream(answer)
+
+    async def _stream(self, answer: Stream) -> None:
+        """Send an answer in pieces, no faster than the client reads it."""
+        protocol = self._protocol
+        # The parser is gone where the client is; then the pieces are begun and cancelled, so that whoever makes them knows.
+        chunked = protocol.parser is None or protocol.parser.get_http_version() != "1.0"
+        self.keep_alive = self.keep_alive and chunked
+        head = self._head(answer.status, answer.headers)
+        head.append(b"transfer-encoding: chunked\r\n\r\n" if chunked else b"\r\n")
+        front = b"".join(head)
+        try:
+            async for piece in answer.pieces:
+                protocol.transport.write(b"%b%x\r\n%b\r\n" % (front, len(piece), piece) if chunked else front + piece)
+                front = b""
+                if protocol.flow.write_paused:
+                    async with asyncio.timeout(WRITE_S):
+                        await protocol.flow.drain()
+            protocol.transport.write(front + (b"0\r\n\r\n" if chunked else b""))
+        except TimeoutError:
+            log.warning("a client left a streamed answer unread for %.0f s", WRITE_S)
+            protocol.transport.abort()
+        except Exception as error:  # the head is out: nothing can be told any more but that this is not the end
+            log.error("a streamed answer failed", exc_info=error)
+            protocol.transport.abort()
+        finally:
+            await answer.pieces.aclose()
+        self._end()
 
     def _refuse(self, size: str) -> None:
         """A body over the limit: say so without reading the rest of it, at once if nobody is before it."""
@@ -293,18 +329,27 @@ class _HotCycle:
             self._send(self._refusal)
 
     def _send(self, answer: Answer) -> None:
+        if not (self.disconnected or self._protocol.transport.is_closing()):
+            head = self._head(answer.status, answer.headers)
+            head.append(b"content-length: %d\r\n\r\n" % len(answer.body))
+            self._protocol.transport.write(b"".join((*head, answer.body)))
+        self._end()
+
+    def _head(self, status: int, headers: list[tuple[bytes, bytes]]) -> list[bytes]:
+        head = [STATUS_LINE[status]]
+        for name, value in headers:
+            head += (name, b": ", value, b"\r\n")
+        if not self.keep_alive:
+            head.append(b"connection: close\r\n")
+        return head
+
+    def _end(self) -> None:
+        """The answer is out; on with what waits on the connection, if it is still there."""
         protocol = self._protocol
         self.response_complete = True
         protocol.working = None
         if self.disconnected or protocol.transport.is_closing():
             return
-        head = [STATUS_LINE[answer.status]]
-        for name, value in answer.headers:
-            head += (name, b": ", value, b"\r\n")
-        head.append(b"content-length: %d\r\n" % len(answer.body))
-        if not self.keep_alive:
-            head.append(b"connection: close\r\n")
-        protocol.transport.write(b"".join((*head, b"\r\n", answer.body)))
         if not self.keep_alive:
             protocol.transport.close()
         protocol.on_response_complete()

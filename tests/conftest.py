@@ -18,19 +18,49 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 ROOT = Path(__file__).parents[1]
-MINILM = ROOT / "out" / "models" / "minilm"
-"""Where `make demo` puts it too, so one export serves both."""
+EXPORTS = ROOT / "out" / "models"
+"""Where `make demo` puts them too, so one export serves both."""
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The real all-MiniLM-L6-v2, exported in both precisions by the command a user would give."""
-    command = [sys.executable, "-m", "models", "export", "minilm", "--out", str(MINILM)]
-    done = subprocess.run(
-        [*command, "--precision", "float32", "--precision", "int8"], capture_output=True, text=True, timeout=110, check=False
-    )
+    return exported("minilm", "float32", "int8")
+
+
+@pytest.fixture(scope="session")
+def lm_ci() -> Path:
+    """The seeded language model, exported in every precision."""
+    return exported("lm-ci", "float32", "float16", "int8")
+
+
+@pytest.fixture(scope="session")
+def lm_cut() -> dict[int, Path]:
+    """The same language model with its decoder cut, by the number of parts."""
+    return {parts: exported("lm-ci", "float32", parts=parts) for parts in (2, 3)}
+
+
+@pytest.fixture(scope="session")
+def asr_ci() -> Path:
+    """The seeded speech model, exported."""
+    return exported("asr-ci", "float32")
+
+
+@pytest.fixture(scope="session")
+def vlm_ci() -> Path:
+    """The seeded vision-language model, exported."""
+    return exported("vlm-ci", "float32")
+
+
+def exported(name: str, *precisions: str, parts: int = 1) -> Path:
+    """The export of a model of the catalogue, made where it is missing or stale."""
+    directory = EXPORTS / (name if parts == 1 else f"{name}-cut-{parts}")
+    wanted = [word for precision in precisions for word in ("--precision", precision)]
+    wanted += ["--cut", str(parts)] if parts > 1 else []
+    command = [sys.executable, "-m", "models", "export", name, "--out", str(directory), *wanted]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr
-    return MINILM
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from orchestrator.core import Node, Placement, Service, Target
-from orchestrator.placement import flows, greedy, trials
+from orchestrator.placement import cuts, flows, greedy, trials
+from orchestrator.placement.cuts import Cut, Ground
 from orchestrator.placement.problem import Floats, Problem
 from orchestrator.placement.program import Limits, Program, Solution
 from orchestrator.placement.trials import NOTHING_LOST, Trial, Tried, Withstood
+from services.dataplane.pipeline import Pipeline
 
 HOW = {
     "optimal": "integer program, within the gap asked for",
@@ -38,6 +40,14 @@ class Plan:
     """Services beside those of the problem."""
     withstood: Withstood | None = None
     """The trials that it was chosen by, if there were any."""
+    ground: Ground | None = None
+    """What the cuts of the pipelines are weighed by; None where nobody asks."""
+    pipelines: tuple[Pipeline, ...] = ()
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Every cut of the pipelines, with what it costs."""
+        return () if self.ground is None else cuts.of_pipelines(self.pipelines, self.ground)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +144,8 @@ def document(plan: Plan) -> dict[str, Any]:
         "why": {h.service.name: _why(plan.problem, x, i) for i, h in enumerate(plan.problem.services)},
         "busiest_link": _busiest(plan.problem, x),
         "trials": None if plan.withstood is None else _trials(plan.withstood),
+        "hop_s": None if plan.ground is None else plan.ground.hop_s,
+        "cuts": [cuts.document(cut) for cut in plan.cuts],
         "assumptions": list(plan.assumptions),
     }
 
@@ -214,7 +226,8 @@ def _reasons(plan: Plan) -> list[str]:
         said.append(f"busiest link: {link['from']} -> {link['to']}, {link['share']:.1%} of its bandwidth")
     tight = "; ".join(f"{rule} ({subject})" for rule, subject in s.binding)
     said.append(f"binding: {tight or 'nothing'}")
-    return said + [f"assumed: {assumption}" for assumption in plan.assumptions]
+    said += [f"assumed: {assumption}" for assumption in plan.assumptions]
+    return said if plan.ground is None else [*said, *cuts.lines(plan.cuts, plan.pipelines, plan.ground)]
 
 
 def _tried_lines(withstood: Withstood) -> list[str]:

@@ -29,7 +29,11 @@ def mean_rate(process: arrivals.ArrivalProcess) -> float:
 def demand_of(
     pipeline: Pipeline, rate: float, gateway: str, stages: Mapping[str, StageSpec], times: Mapping[str, float]
 ) -> Demand:
-    """A pipeline as the program sees it: visits of core services, with light stages folded into the edges between them."""
+    """A pipeline as the program sees it: visits of core services, with light stages folded into the edges between them.
+
+    The further parts of a decoder are visited after the first, once a task: what they pass on token by token counts as often
+    as the prompt has tokens.
+    """
     steps = {step.id: step for step in topological(pipeline.steps)}
     core = [step for step in steps.values() if stages[step.service].tier == "core"]
     edges: list[Edge] = []
@@ -37,8 +41,13 @@ def demand_of(
         for source, (size, delay) in _sources(target, pipeline, steps, stages, times).items():
             if source != REQUEST or target is not None:
                 edges.append(Edge(None if source == REQUEST else source, target.id if target else None, size, delay))
-    visits = tuple(Visit(step.id, step.service) for step in core)
-    return Demand(pipeline.name, rate, pipeline.deadline_s, visits, tuple(edges), {gateway: 1.0})
+    visits: list[Visit] = []
+    for step in core:
+        visits.append(Visit(step.id, step.service))
+        for part in step.parts:
+            edges.append(Edge(visits[-1].id, f"{step.id} in {part}", float(stages[part].inputs[0].bytes_per_item)))
+            visits.append(Visit(f"{step.id} in {part}", part))
+    return Demand(pipeline.name, rate, pipeline.deadline_s, tuple(visits), tuple(edges), {gateway: 1.0})
 
 
 def _sources(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -136,7 +135,7 @@ def stage(section: ServiceSection, service: Service, manifest: Manifest) -> Stag
     return Stage(
         service=service,
         law=profile.law,
-        noise=Gamma(_cv2(profile)),
+        noise=Gamma(profile.task_cv2),
         lengths=tuple(manifest.typical_length.get(axis, 1) for axis in axes),
         slots=max(1, int(section.cpus_at_most)),
         max_batch=spec.max_batch if section.max_batch is None else min(section.max_batch, spec.max_batch),
@@ -156,9 +155,3 @@ def _profile(section: ServiceSection, service: Service, spec: StageSpec) -> Stag
             "so nothing is known of its service times; measure them first (espalier profile)"
         )
     return profile
-
-
-def _cv2(profile: StageProfile) -> float:
-    """Squared coefficient of variation of the profile's points, each by its samples."""
-    samples = sum(point.samples for point in profile.points)
-    return math.fsum((point.std_s / point.mean_s) ** 2 * point.samples for point in profile.points) / samples

@@ -25,7 +25,7 @@ unread."""
 TOTAL_HEADER = "x-espalier-total"
 """Header of a stage's answer with the time it took from the request's arrival [s]."""
 MAX_HOPS = 32
-REPORTED_TIMES = ("wait_s", "queue_s", "compute_s", "transfer_s", "total_s", "call_s")
+REPORTED_TIMES = ("wait_s", "queue_s", "compute_s", "first_s", "transfer_s", "total_s", "call_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,14 @@ class Candidate:
     replica: str
     url: str
     """Base address with the path of the stage's model, as far as `/infer`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Further:
+    """A service that this hop's stage itself calls while it works, once for every token."""
+
+    service: str
+    candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,8 @@ class Hop:
     """References to pass on once this hop is done: what later hops or the gateway still need."""
     reserve_s: float
     """Time [s] the rest of the way needs after this hop; the hop's own deadline lies that much earlier."""
+    parts: tuple[Further, ...] = ()
+    """The further parts of a decoder whose first part this hop is, in order."""
 
 
 def to_parameter(hops: tuple[Hop, ...]) -> list[dict[str, Any]]:
@@ -59,10 +69,11 @@ def to_parameter(hops: tuple[Hop, ...]) -> list[dict[str, Any]]:
         {
             "step": hop.step,
             "service": hop.service,
-            "candidates": [] if i == 0 else [[candidate.replica, candidate.url] for candidate in hop.candidates],
+            "candidates": [] if i == 0 else _pairs(hop.candidates),
             "take": dict(hop.take),
             "keep": list(hop.keep),
             "reserve_s": round(hop.reserve_s, 6),
+            **({"parts": [[part.service, _pairs(part.candidates)] for part in hop.parts]} if hop.parts else {}),
         }
         for i, hop in enumerate(hops)
     ]
@@ -80,6 +91,10 @@ def from_parameter(value: Any) -> tuple[Hop, ...]:
         return tuple(_hop(entry) for entry in value)
     except (KeyError, TypeError, ValueError):
         raise BadRequest(f"parameters.{PARAMETER} is malformed; only a gateway makes one, leave it out") from None
+
+
+def _pairs(candidates: tuple[Candidate, ...]) -> list[list[str]]:
+    return [[candidate.replica, candidate.url] for candidate in candidates]
 
 
 def _hop(entry: Any) -> Hop:
@@ -100,7 +115,16 @@ def _hop(entry: Any) -> Hop:
         take=take,
         keep=tuple(keep),
         reserve_s=float(reserve_s),
+        parts=tuple(_further(each) for each in entry["parts"]) if "parts" in entry else (),
     )
+
+
+def _further(entry: Any) -> Further:
+    service, candidates = entry
+    pairs = [(replica, url) for replica, url in candidates]
+    if not all(isinstance(text, str) for text in (service, *(text for pair in pairs for text in pair))):
+        raise TypeError
+    return Further(service, tuple(Candidate(replica, url) for replica, url in pairs))
 
 
 def reports(value: Any) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import Field, model_validator
 
-from models.manifest import Name
+from models.manifest import Name, TensorSpec
 from services.dataplane.document import Document
 
 REQUEST = "request"
@@ -23,6 +23,13 @@ class Step(Document):
     service: Name
     inputs: Mapping[str, str]
     """Input tensor of the service's stage -> reference."""
+    parts: tuple[Name, ...] = ()
+    """Services with the further parts of a decoder that was cut: the step's own asks them for every token, in this order."""
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Everybody who works for the step."""
+        return (self.service, *self.parts)
 
     @property
     def parents(self) -> frozenset[str]:
@@ -35,7 +42,10 @@ class Pipeline(Document):
 
     name: Name
     deadline_s: float = Field(gt=0)
-    """Deadline of a task that states none [s], from its arrival at the gateway."""
+    """Deadline of a task that states none [s], from its arrival at the gateway: to the whole answer, or to a stream's first
+    token."""
+    token_deadline_s: float | None = Field(default=None, gt=0)
+    """Longest time [s] between two tokens of a stream that is on time; None where only the first one counts."""
     epsilon: float = Field(gt=0, lt=1)
     """Largest share of tasks that may miss their deadline."""
     steps: tuple[Step, ...] = Field(min_length=1)
@@ -157,3 +167,11 @@ def step_of(ref: str) -> str:
 def name_of(ref: str) -> str:
     """`last_hidden_state` of `encode.last_hidden_state`."""
     return ref.partition(".")[2]
+
+
+def agree(given: TensorSpec, taken: TensorSpec) -> bool:
+    """Whether a tensor may go into an input: equal datatype and rank, and lengths equal where both are fixed."""
+    if given.datatype != taken.datatype or len(given.shape) != len(taken.shape):
+        return False
+    pairs = zip(given.shape, taken.shape, strict=True)
+    return all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in pairs)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from models.manifest import Name, TensorSpec, Tier
+from models.manifest import Name, TensorSpec, Tier, Weights
 from services.dataplane import letting_out
 from services.dataplane.document import Document, keep
 from services.dataplane.pipeline import Pipeline
@@ -47,6 +47,7 @@ class Service(Document):
     model: Name
     stage: Name
     tier: Tier
+    weights: Weights = "trained"
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     replicas: tuple[Replica, ...] = ()
@@ -71,8 +72,9 @@ class Routes(Document):
     def _pipelines_use_known_services(self) -> Routes:
         for pipeline in self.pipelines.values():
             for step in pipeline.steps:
-                if step.service not in self.services:
-                    raise ValueError(f"pipeline {pipeline.name!r} uses service {step.service!r}, which is not in the document")
+                for service in step.services:
+                    if service not in self.services:
+                        raise ValueError(f"pipeline {pipeline.name!r} uses service {service!r}, which is not in the document")
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,18 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 
 from services import exposition, oip
-from services.dataplane.errors import NotFound
+from services.dataplane.errors import NotFound, TaskError
 from services.dataplane.routing import RouteBook
 from services.dataplane.wire import Limits
 from services.gateway.announcer import Announcer
+from services.gateway.completions import Completions
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openai import OpenAI, error_shape
-from services.gateway.service import VERSION, GatewayService
+from services.gateway.service import VERSION, GatewayService, Trace
 from services.gateway.subscription import Subscription
 from services.gateway.table import Plan, Table
-from services.hotpath import Answer, Endpoint, Front, Request
+from services.gateway.transcriptions import Transcriptions
+from services.hotpath import Answer, Endpoint, ErrorShape, Front, Request, Stream
 from services.transport import Transport
 
 
@@ -109,19 +111,26 @@ def build(gateway: Gateway) -> Front:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with gateway.running() as service:
             openai = OpenAI(service)
+            completions, transcriptions = Completions(service), Transcriptions(service)
             limit = gateway.limits.body_bytes
 
-            async def infer(request: Request) -> Answer:
-                return await service.serve(request, service.infer)
+            def endpoint(work: Callable[[Request, Trace], Awaitable[Answer | Stream]], shape: ErrorShape) -> Endpoint:
+                async def serve(request: Request) -> Answer | Stream:
+                    return await service.serve(request, work)
 
-            async def embeddings(request: Request) -> Answer:
-                return await service.serve(request, openai.embeddings)
+                return Endpoint(serve, body_limit=limit, shape=shape)
 
             front.open(
-                Endpoint(infer, body_limit=limit),
-                {"/v1/embeddings": Endpoint(embeddings, body_limit=limit, shape=error_shape)},
+                endpoint(service.infer, TaskError.body),
+                {
+                    "/v1/embeddings": endpoint(openai.embeddings, error_shape),
+                    "/v1/completions": endpoint(completions.completions, error_shape),
+                    "/v1/chat/completions": endpoint(completions.chat, error_shape),
+                    "/v1/audio/transcriptions": endpoint(transcriptions.transcriptions, error_shape),
+                },
             )
             app.add_api_route("/v1/models", openai.models, methods=["GET"])
+            app.add_api_route("/v1/models/{model}", openai.model, methods=["GET"])
             yield
 
     app = oip.new_app("Espalier gateway", lifespan)
@@ -141,6 +150,8 @@ def build(gateway: Gateway) -> Front:
             "outputs": [oip.tensor_metadata(tensor) for tensor in plan.outputs.values()],
             "parameters": {
                 "deadline_s": plan.pipeline.deadline_s,
+                "token_deadline_s": plan.pipeline.token_deadline_s,
+                "weights": plan.weights,
                 "epsilon": plan.pipeline.epsilon,
                 "steps": [{"id": step.id, "service": step.service} for step in plan.pipeline.steps],
             },

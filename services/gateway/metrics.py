@@ -34,6 +34,11 @@ class GatewayMetrics:
         self._let_out = Counter(
             "espalier_gateway_let_out", "Standbys let out between two decisions.", ("stage",), registry=self._registry
         )
+        self.first_token = self._of_streams("time_to_first_token_seconds", "From a streamed task's arrival to its first token.")
+        self.between_tokens = self._of_streams("time_between_tokens_seconds", "Wait for more of a stream after that.")
+        self._tokens = Counter(
+            "espalier_generated_tokens", "Tokens of answers, as far as they were sent.", ("pipeline",), registry=self._registry
+        )
         self._duration: Histogram | None = None
         self._ended: dict[tuple[str, str], Counter] = {}
         self._observed: dict[tuple[Histogram, str], Histogram] = {}
@@ -72,6 +77,13 @@ class GatewayMetrics:
                 if observed is None:
                     observed = self._observed[histogram, pipeline] = histogram.labels(pipeline)
                 observed.observe(seconds)
+
+    def tokens(self, pipeline: str, count: int) -> None:
+        """Count an answer's tokens."""
+        self._tokens.labels(pipeline).inc(count)
+
+    def _of_streams(self, name: str, text: str) -> Histogram:
+        return Histogram(f"espalier_{name}", text, ("pipeline",), buckets=SECONDS, registry=self._registry)
 
     def let_out(self, service: str) -> None:
         """Count a standby that was let out."""

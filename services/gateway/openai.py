@@ -1,25 +1,34 @@
-"""The OpenAI API over pipelines: `POST /v1/embeddings` and `GET /v1/models`.
+"""The OpenAI API over pipelines: models and embeddings, and what all its routes share.
 
-A pipeline is an embedding model when it takes one BYTES tensor of texts and answers a tensor named `embedding`. Source: the
-published OpenAPI document of the OpenAI API (2.3.0), embeddings.
+Which pipeline serves what is told by its inputs and outputs (`recognition`). Source: the published OpenAPI document of the
+OpenAI API (2.3.0). What a request asks for and cannot have is refused with 400, never ignored.
 """
 
 from __future__ import annotations
 
 import base64
-from typing import Any, Literal
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import orjson
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.dataplane.errors import BadRequest, TaskError
+from services.dataplane.errors import BadRequest, NotFound, TaskError, shown
 from services.dataplane.wire import Array, Tensor
+from services.gateway.recognition import EMBEDDING, TOKEN_COUNT, embedded_input, routes
 from services.gateway.service import GatewayService, Trace, server_timing
 from services.gateway.table import Plan
 from services.hotpath import JSON, Answer, Request
 
-EMBEDDING, TOKEN_COUNT = "embedding", "token_count"
+M = TypeVar("M", bound=BaseModel)
+
+EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+DONE = b"data: [DONE]\n\n"
+NO_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+"""Fields that change nothing in the answer, and so may be ignored."""
 
 
 class EmbeddingsRequest(BaseModel):
@@ -42,38 +51,39 @@ def error_shape(error: TaskError) -> dict[str, Any]:
 
 
 class OpenAI:
-    """The routes, over one gateway."""
+    """The routes for models and embeddings, over one gateway."""
 
     def __init__(self, service: GatewayService) -> None:
         self._service = service
 
     async def models(self) -> dict[str, Any]:
-        """`GET /v1/models`: the pipelines these routes can serve."""
-        names = [name for name, plan in self._service.table.plans.items() if text_input(plan) is not None]
-        return {
-            "object": "list",
-            "data": [{"id": name, "object": "model", "created": 0, "owned_by": "espalier"} for name in names],
-        }
+        """`GET /v1/models`: the pipelines these routes can serve, and by which of them."""
+        return {"object": "list", "data": [_model(plan) for plan in self._service.table.plans.values() if routes(plan)]}
+
+    async def model(self, model: str) -> JSONResponse:
+        """`GET /v1/models/MODEL`."""
+        plan = self._service.table.plans.get(model)
+        if plan is None or not routes(plan):
+            error = NotFound(f"no model {model!r} here; see /v1/models")
+            return JSONResponse(error_shape(error), error.status)
+        return JSONResponse(_model(plan))
 
     async def embeddings(self, asked: Request, trace: Trace) -> Answer:
         """`POST /v1/embeddings`, by way of `GatewayService.serve`."""
         with self._service.reading():
-            request = _parse(asked.body)
+            request = parse(EmbeddingsRequest, asked.body)
             plan = self._service.plan(request.model)
-            name = text_input(plan)
+            name = embedded_input(plan)
             if name is None:
                 raise BadRequest(f"pipeline {request.model!r} makes no embeddings of texts; see /v1/models")
             length = plan.outputs[EMBEDDING].shape[-1]
             if request.dimensions is not None and request.dimensions != length:
                 raise BadRequest(f"dimensions: model {request.model!r} has {length} and cannot be cut")
             until = self._service.deadline(plan, asked, {})
-        texts = [request.input] if isinstance(request.input, str) else request.input
-        array = np.empty(len(texts), dtype=object)
-        array[:] = [text.encode() for text in texts]
-        tensors = {f"request.{name}": Tensor(name, "BYTES", array)}
+        inputs = [request.input] if isinstance(request.input, str) else request.input
+        tensors = {f"request.{name}": texts(name, [text.encode() for text in inputs])}
         answered = await self._service.run(plan, tensors, until, trace)
-        counts = answered.tensors.get(TOKEN_COUNT)
-        used = int(counts.array.sum()) if counts is not None else 0
+        used = prompt_tokens(answered.tensors)
         body = {
             "object": "list",
             "data": [
@@ -87,21 +97,71 @@ class OpenAI:
         return Answer(200, [JSON, server_timing(answered)], encoded)
 
 
-def text_input(plan: Plan) -> str | None:
-    """Name of the one tensor of texts an embedding pipeline takes; None for any other pipeline."""
-    if EMBEDDING not in plan.outputs or len(plan.inputs) != 1:
-        return None
-    name, spec = next(iter(plan.inputs.items()))
-    return name if spec.datatype == "BYTES" and len(spec.shape) == 1 else None
+# --- shared by the routes -------------------------------------------------------------------------------------------------
 
 
-def _parse(body: bytes) -> EmbeddingsRequest:
+def parse(kind: type[M], body: bytes) -> M:
+    """A request's JSON body.
+
+    Raises:
+        BadRequest: a field is missing, wrong or unknown; the message names it.
+    """
     try:
-        return EmbeddingsRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
         raise BadRequest(f"{where}: {first['msg']}") from None
+
+
+def refuse(document: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise BadRequest for the first field that asks for something; `neutral` says which values of which fields do not.
+
+    A field that is not there, or null, asks for nothing.
+    """
+    for name, harmless in neutral.items():
+        value = document.get(name)
+        if value is not None and not any(value == each and type(value) is type(each) for each in harmless):
+            raise BadRequest(f"{name}: {shown(value)} is not supported; leave it out")
+
+
+def texts(name: str, values: Sequence[bytes]) -> Tensor:
+    """A tensor of one element an item."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = list(values)
+    return Tensor(name, "BYTES", array)
+
+
+def prompt_tokens(outputs: Mapping[str, Tensor]) -> int:
+    """Tokens of the inputs, where the pipeline counts them."""
+    counts = outputs.get(TOKEN_COUNT)
+    return int(counts.array.sum()) if counts is not None else 0
+
+
+def event(document: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: %b\n\n" % orjson.dumps(document)
+
+
+async def with_errors(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """The events, and after the first one errors among them: the status is out by then. No `[DONE]` follows an error."""
+    async with aclosing(events):
+        try:
+            async for each in events:
+                yield each
+        except TaskError as error:
+            yield event(error_shape(error))
+
+
+def _model(plan: Plan) -> dict[str, Any]:
+    return {
+        "id": plan.pipeline.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "espalier",
+        "weights": plan.weights,
+        "routes": routes(plan),
+    }
 
 
 def _vector(row: Array, encoding: str) -> Any:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+
+from models.manifest import BATCH_AXIS
 from services.dataplane import deadline, itinerary, wire
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import (
@@ -21,21 +24,28 @@ from services.dataplane.errors import (
     QueueFull,
     TaskError,
     TooLarge,
+    UpstreamFailed,
 )
+from services.dataplane.pipeline import name_of
 from services.dataplane.routing import RetryBudget, RouteBook
+from services.dataplane.streams import Pace
 from services.dataplane.wire import Limits, Message, Tensor
 from services.forward import Forwarder, passed_on
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.subscription import Subscription
 from services.gateway.table import Plan, Table
 from services.gateway.walk import Hops, Walker
-from services.hotpath import Answer, Request, content
+from services.hotpath import Answer, Request, Stream, content
 from services.transport import Transport
+
+R = TypeVar("R", Answer, Answer | Stream)
 
 Trace = dict[str, str]
 """Headers that every stage gets too, among them the request's id."""
 
 REQUEST_ID = "x-request-id"
+TOKENS_MADE = "output_count"
+"""Output of a pipeline that makes tokens: how many, for each item."""
 VERSION = "1"
 LONGEST_DEADLINE_S = 60.0
 HOPS_WANTED = "hops"
@@ -98,7 +108,7 @@ class GatewayService:
         self._metrics.let_out(service)
         self._announce(service, replica)
 
-    async def serve(self, request: Request, work: Callable[[Request, Trace], Awaitable[Answer]]) -> Answer:
+    async def serve(self, request: Request, work: Callable[[Request, Trace], Awaitable[R]]) -> R:
         """Give a request its id, which goes with it to every stage and comes back on whatever becomes of it."""
         trace = trace_of(request.headers)
         try:
@@ -141,40 +151,118 @@ class GatewayService:
 
         Args:
             plan: the pipeline.
-            tensors: the request's tensors by reference.
+            tensors: the request's tensors by reference; those with a default may be missing.
             until: its deadline.
             trace: headers to pass on.
         """
         outcome: str | None = "failed"
+        tokens: Tensor | None = None
         self.in_flight += 1
         try:
             if self.in_flight > self._max_in_flight:
                 raise QueueFull(f"the gateway holds {self._max_in_flight} tasks already", retry_after_s=1.0)
             table = self.table
             self._walker.admit(table, plan, until)
+            if plan.optional:
+                tensors = _filled(plan, tensors)
             bag, hops = await self._walker.run(table, plan, tensors, until, trace)
             now = time.monotonic()
             outcome = "on_time" if now <= until.due else "late"
-            outputs = {name: Tensor(name, bag[ref].datatype, bag[ref].array) for name, ref in plan.pipeline.outputs.items()}
+            outputs = _outputs(plan, bag)
+            tokens = outputs.get(TOKENS_MADE)
             return Answered(outputs, hops, now - until.arrived)
         except TaskError as error:
-            outcome = _outcome(error)
-            if outcome is None:
-                self._metrics.bad_request(error.reason)
-            error.budget_s = until.budget_s
-            error.elapsed_s = time.monotonic() - until.arrived
+            outcome = self._failed(error, until)
             raise
         except BaseException as error:
             # Cancelled: the client left, or the gateway is stopping. Anything else stays a failure of ours.
             outcome = "failed" if isinstance(error, Exception) else "cancelled"
             raise
         finally:
-            self.in_flight -= 1
-            if outcome is not None:
-                now = time.monotonic()
-                # Counted at the loop's next turn, when the answer is on its way.
-                count = (plan.pipeline.name, outcome, now - until.arrived, until.remaining_s(now))
-                asyncio.get_running_loop().call_soon(self._metrics.task, *count)
+            self._count(plan, until, outcome, time.monotonic(), tokens)
+
+    async def stream(
+        self,
+        plan: Plan,
+        tensors: Mapping[str, Tensor],
+        until: Deadline,
+        trace: Trace,
+        enough: Callable[[Mapping[str, Tensor]], bool] = lambda outputs: False,
+    ) -> AsyncGenerator[Answered]:
+        """Compute a task piece by piece and count its one outcome; arguments and errors are those of `run`.
+
+        Args:
+            plan: the pipeline.
+            tensors: the request's tensors by reference.
+            until: the deadline of the first piece.
+            trace: headers to pass on.
+            enough: told of the outputs before each is yielded; True ends the task there, as if it were complete.
+
+        Yields:
+            The outputs as far as they have come, whenever there is more of them. The task is on time when the first ones came
+            by its deadline and no wait for more was longer than the pipeline's `token_deadline_s`. Time in which the client
+            did not read is not waited for.
+        """
+        outcome: str | None = "failed"
+        pace = Pace.of(plan.pipeline.token_deadline_s, until.budget_s)
+        first = since = 0.0
+        late = False
+        tokens: Tensor | None = None
+        self.in_flight += 1
+        try:
+            if self.in_flight > self._max_in_flight:
+                raise QueueFull(f"the gateway holds {self._max_in_flight} tasks already", retry_after_s=1.0)
+            table = self.table
+            self._walker.admit(table, plan, until)
+            async with aclosing(self._walker.stream(table, plan, _filled(plan, tensors), until, pace, trace)) as states:
+                async for bag, hops in states:
+                    now = time.monotonic()
+                    if not first:
+                        first, late = now, now > until.due
+                        self._metrics.first_token.labels(plan.pipeline.name).observe(now - until.arrived)
+                    else:
+                        late = late or (pace.token_s is not None and now - since > pace.token_s)
+                        self._metrics.between_tokens.labels(plan.pipeline.name).observe(now - since)
+                    outputs = _outputs(plan, bag)
+                    tokens = outputs.get(TOKENS_MADE)
+                    ends = enough(outputs)
+                    if ends:
+                        outcome = "late" if late else "on_time"
+                    yield Answered(outputs, hops, now - until.arrived)
+                    if ends:
+                        return
+                    since = time.monotonic()
+            if not first:
+                raise UpstreamFailed("the stream ended before it began")
+            outcome = "late" if late else "on_time"
+        except TaskError as error:
+            outcome = self._failed(error, until)
+            raise
+        except BaseException as error:
+            if outcome == "failed" and not isinstance(error, Exception):
+                outcome = "cancelled"
+            raise
+        finally:
+            self._count(plan, until, outcome, first or time.monotonic(), tokens)
+
+    def _failed(self, error: TaskError, until: Deadline) -> str | None:
+        """The outcome of a task that failed, whose error is told what is known of it."""
+        outcome = _outcome(error)
+        if outcome is None:
+            self._metrics.bad_request(error.reason)
+        error.budget_s = until.budget_s
+        error.elapsed_s = time.monotonic() - until.arrived
+        return outcome
+
+    def _count(self, plan: Plan, until: Deadline, outcome: str | None, met: float, tokens: Tensor | None = None) -> None:
+        """A task has ended; `met` is when it met its deadline, or did not [s, monotonic]."""
+        self.in_flight -= 1
+        if outcome is not None:
+            # Counted at the loop's next turn, when the answer is on its way.
+            count = (plan.pipeline.name, outcome, time.monotonic() - until.arrived, until.remaining_s(met))
+            asyncio.get_running_loop().call_soon(self._metrics.task, *count)
+        if tokens is not None:
+            self._metrics.tokens(plan.pipeline.name, int(tokens.array.sum()))
 
     def deadline(self, plan: Plan, request: Request, parameters: Mapping[str, Any]) -> Deadline:
         """The task's deadline: what the request says, else the pipeline's."""
@@ -209,6 +297,10 @@ def _outcome(error: TaskError) -> str | None:
     return "rejected" if isinstance(error, QueueFull | Overloaded | NoReplica) else "failed"
 
 
+def _outputs(plan: Plan, bag: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: Tensor(name, bag[ref].datatype, bag[ref].array) for name, ref in plan.pipeline.outputs.items()}
+
+
 def _inputs(plan: Plan, message: Message) -> dict[str, Tensor]:
     tensors = {f"request.{tensor.name}": tensor for tensor in message.tensors}
     for tensor in message.tensors:
@@ -220,9 +312,24 @@ def _inputs(plan: Plan, message: Message) -> dict[str, Tensor]:
         if tensor.array.ndim != len(spec.shape):
             raise BadRequest(f"input {tensor.name!r} must have shape {list(spec.shape)}, not {list(tensor.array.shape)}")
     for name in plan.inputs:
-        if f"request.{name}" not in tensors:
+        if f"request.{name}" not in tensors and name not in plan.optional:
             raise BadRequest(f"input {name!r} of pipeline {plan.pipeline.name!r} is missing")
     return tensors
+
+
+def _filled(plan: Plan, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors, and of every input that was left out its default, for as many items as there are."""
+    left_out = [plan.inputs[name] for name in plan.optional if f"request.{name}" not in tensors]
+    if not left_out:
+        return tensors
+    given = ((tensor.array.shape, plan.inputs[name_of(ref)].batch_axis) for ref, tensor in tensors.items())
+    items = next((shape[axis] for shape, axis in given if axis is not None), 1)
+    filled = dict(tensors)
+    for spec in left_out:
+        shape = [items if n == BATCH_AXIS else 1 if isinstance(n, str) else n for n in spec.shape]
+        array = np.full(shape, spec.default, wire.DTYPES[spec.datatype])
+        filled[f"request.{spec.name}"] = Tensor(spec.name, spec.datatype, array)
+    return filled
 
 
 def _wanted(plan: Plan, message: Message) -> tuple[str, ...]:

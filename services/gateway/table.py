@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from models.manifest import TensorSpec
+from models.manifest import TensorSpec, Weights
 from services.dataplane.itinerary import Candidate
 from services.dataplane.pipeline import Pipeline, Segment, name_of, segments, step_of
 from services.dataplane.routes import Link, Replica, Routes, Service
@@ -52,15 +52,19 @@ class Plan:
     pipeline: Pipeline
     segments: tuple[Segment, ...]
     inputs: Mapping[str, TensorSpec]
-    """Tensors a request must bring."""
+    """Tensors a request brings."""
+    optional: frozenset[str]
+    """Of these the ones it may leave out, since every stage that takes them has a default."""
     outputs: Mapping[str, TensorSpec]
     hops_after: tuple[int, ...]
     """For each segment, the hops of the longest way from its end to the pipeline's."""
+    weights: Weights
+    """`seeded` where any of its services is: then its answers are good for measuring only."""
 
     @property
     def services(self) -> tuple[str, ...]:
         """Every service of the pipeline, once."""
-        return tuple(dict.fromkeys(step.service for step in self.pipeline.steps))
+        return tuple(dict.fromkeys(service for step in self.pipeline.steps for service in step.services))
 
 
 class Table:
@@ -131,17 +135,28 @@ def _candidate(service: Service, replica: Replica) -> Candidate:
 def _plan(pipeline: Pipeline, services: Mapping[str, Service]) -> Plan:
     stages = {step.id: services[step.service] for step in pipeline.steps}
     inputs: dict[str, TensorSpec] = {}
+    optional: dict[str, bool] = {}
     for step in pipeline.steps:
         specs = {tensor.name: tensor for tensor in stages[step.id].inputs}
         for name, ref in step.inputs.items():
             if step_of(ref) == "request":
-                inputs.setdefault(name_of(ref), specs[name].model_copy(update={"name": name_of(ref)}))
+                spec = inputs.setdefault(name_of(ref), specs[name].model_copy(update={"name": name_of(ref)}))
+                optional[spec.name] = optional.get(spec.name, True) and specs[name].default is not None
     outputs = {}
     for name, ref in pipeline.outputs.items():
         specs = inputs if step_of(ref) == "request" else {tensor.name: tensor for tensor in stages[step_of(ref)].outputs}
         outputs[name] = specs[name_of(ref)].model_copy(update={"name": name})
     cut = segments(pipeline)
-    return Plan(pipeline, cut, inputs, outputs, _hops_after(cut))
+    seeded = any(services[name].weights == "seeded" for step in pipeline.steps for name in step.services)
+    return Plan(
+        pipeline,
+        cut,
+        inputs,
+        frozenset(name for name, may in optional.items() if may),
+        outputs,
+        _hops_after(cut),
+        "seeded" if seeded else "trained",
+    )
 
 
 def _hops_after(cut: tuple[Segment, ...]) -> tuple[int, ...]:

@@ -8,17 +8,22 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
 
-from services.dataplane import admission, deadline, itinerary, letting_out, wire
+from services.dataplane import admission, deadline, itinerary, letting_out, streams, wire
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import NoReplica, Overloaded, TaskError, UpstreamFailed
-from services.dataplane.itinerary import Hop
+from services.dataplane.itinerary import Further, Hop
 from services.dataplane.routing import MAX_CANDIDATES, RouteBook
+from services.dataplane.streams import Frame, Pace
 from services.dataplane.wire import Limits, Tensor
 from services.forward import Call, Forwarder
 from services.gateway.table import Plan, Standby, Table, Target
+from services.transport import HttpAnswer, StreamedAnswer
+
+A = TypeVar("A", HttpAnswer, StreamedAnswer)
 
 Hops = list[dict[str, Any]]
 
@@ -98,6 +103,50 @@ class Walker:
         bag = dict(tensors)
         if len(plan.segments) == 1:
             return bag, await self._segment(table, plan, 0, bag, until, trace, 0.0)
+        return bag, await self._branches(table, plan, len(plan.segments), bag, until, trace)
+
+    async def stream(
+        self,
+        table: Table,
+        plan: Plan,
+        tensors: Mapping[str, Tensor],
+        until: Deadline,
+        pace: Pace,
+        trace: Mapping[str, str],
+    ) -> AsyncGenerator[tuple[dict[str, Tensor], Hops]]:
+        """Compute a task whose last segment answers in frames; arguments, results and errors are those of `run`.
+
+        Yields what there is whenever there is more of it; the deadline is the first time's. The hops are complete with the end.
+        """
+        bag = dict(tensors)
+        last = len(plan.segments) - 1
+        hops = await self._branches(table, plan, last, bag, until, trace) if last else []
+        call, answer = await self._asked(table, plan, last, bag, until, trace, 0.0, self._forwarder.open, pace)
+        try:
+            further = self._read_hops(call, answer.headers)
+        except TaskError:
+            answer.close()
+            raise
+        hops += further
+        async with aclosing(self._forwarder.frames(call, answer, pace.stall_s)) as frames:
+            async for frame in frames:
+                if frame.kind == "end":
+                    self._learn_end(call, frame, further)
+                    return
+                length = None if frame.header_length is None else str(frame.header_length)
+                self._take_in(plan, last, bag, call, frame.payload, length)
+                yield bag, hops
+
+    async def _branches(
+        self,
+        table: Table,
+        plan: Plan,
+        count: int,
+        bag: dict[str, Tensor],
+        until: Deadline,
+        trace: Mapping[str, str],
+    ) -> Hops:
+        """Walk the first `count` segments, each as soon as its parents are done."""
         after_s = self._after(table, plan)
         done = [asyncio.Event() for _ in plan.segments]
         hops: list[Hops] = [[] for _ in plan.segments]
@@ -110,14 +159,14 @@ class Walker:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for index in range(len(plan.segments)):
+                for index in range(count):
                     group.create_task(branch(index))
         except* TaskError as errors:
             first = errors.exceptions[0]
             while isinstance(first, BaseExceptionGroup):  # pragma: no cover - a group of one level is all we make
                 first = first.exceptions[0]
             raise first from None
-        return bag, [hop for each in hops for hop in each]
+        return [hop for each in hops for hop in each]
 
     async def _segment(
         self,
@@ -130,11 +179,30 @@ class Walker:
         after_s: float,
     ) -> Hops:
         """Call one chain, put what it returns into the bag, and give back its hops."""
-        segment = plan.segments[index]
-        tensors = tuple(Tensor(ref, bag[ref].datatype, bag[ref].array) for ref in segment.sends)
-        call = self._call(table, plan, index, tensors, until, trace, after_s)
+        call, answer = await self._asked(table, plan, index, bag, until, trace, after_s, self._forwarder.post)
+        hops = self._read_hops(call, answer.headers)
+        self._take_in(plan, index, bag, call, answer.body, answer.headers.get(wire.HEADER_LENGTH))
+        # Learnt at the loop's next turn: the answer, or the next segment's request, goes first.
+        asyncio.get_running_loop().call_soon(self._learn, hops)
+        return hops
+
+    async def _asked(
+        self,
+        table: Table,
+        plan: Plan,
+        index: int,
+        bag: Mapping[str, Tensor],
+        until: Deadline,
+        trace: Mapping[str, str],
+        after_s: float,
+        ask: Callable[[Call], Awaitable[A]],
+        pace: Pace | None = None,
+    ) -> tuple[Call, A]:
+        """Call one chain, a second time where a replica further down died."""
+        tensors = tuple(Tensor(ref, bag[ref].datatype, bag[ref].array) for ref in plan.segments[index].sends)
+        call = self._call(table, plan, index, tensors, until, trace, after_s, pace)
         try:
-            answer = await self._forwarder.post(call)
+            return call, await ask(call)
         except TaskError as error:
             _measure_way(error.hops, call)
             self._learn(error.hops)
@@ -142,19 +210,27 @@ class Walker:
             deeper = isinstance(error, UpstreamFailed) and error.stage != call.service
             if not (deeper and until.remaining_s(time.monotonic()) > call.least_s and self._forwarder.allow_retry()):
                 raise
-            call = self._call(table, plan, index, tensors, until, trace, after_s)
-            answer = await self._forwarder.post(call)
+            call = self._call(table, plan, index, tensors, until, trace, after_s, pace)
+            return call, await ask(call)
+
+    def _read_hops(self, call: Call, headers: Mapping[str, str]) -> Hops:
         try:
-            message = wire.decode_response(answer.body, answer.headers.get(wire.HEADER_LENGTH), self._limits)
-            hops = itinerary.read_header(answer.headers.get(itinerary.HEADER))
-            fresh = {tensor.name: tensor for tensor in message.tensors}
-            bag.update((ref, fresh[ref]) for ref in segment.returns)
-        except (TaskError, ValueError, KeyError) as error:
-            raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
+            hops = itinerary.read_header(headers.get(itinerary.HEADER))
+        except ValueError as error:
+            raise _nonsense(call, error) from None
         _measure_way(hops, call)
-        # Learnt at the loop's next turn: the answer, or the next segment's request, goes first.
-        asyncio.get_running_loop().call_soon(self._learn, hops)
         return hops
+
+    def _take_in(
+        self, plan: Plan, index: int, bag: dict[str, Tensor], call: Call, body: bytes, header_length: str | None
+    ) -> None:
+        """Put into the bag what a chain has answered."""
+        try:
+            message = wire.decode_response(body, header_length, self._limits)
+            fresh = {tensor.name: tensor for tensor in message.tensors}
+            bag.update((ref, fresh[ref]) for ref in plan.segments[index].returns)
+        except (TaskError, ValueError, KeyError) as error:
+            raise _nonsense(call, error) from None
 
     def _call(
         self,
@@ -165,15 +241,18 @@ class Walker:
         until: Deadline,
         trace: Mapping[str, str],
         after_s: float,
+        pace: Pace | None,
     ) -> Call:
         now = time.monotonic()
         hops = self._hops(table, plan, index, until, now, after_s)
         for hop in hops:
             self._book.sent(hop.candidates[0].replica, now)
-        parameters = {
+        parameters: dict[str, Any] = {
             itinerary.PARAMETER: itinerary.to_parameter(hops),
             deadline.PARAMETER: deadline.to_parameter(until.remaining_s(now)),
         }
+        if pace is not None:
+            parameters[streams.PARAMETER] = pace.to_parameter()
         body, header_length = wire.request_parts(wire.Message(tensors, parameters=parameters))
         return Call(
             service=hops[0].service,
@@ -210,10 +289,17 @@ class Walker:
         for position in range(len(segment.steps) - 1, -1, -1):
             step, target = segment.steps[position], table.targets[segment.steps[position].service]
             candidates = tuple(target.candidates[i] for i in chosen[position])
-            hops.append(Hop(step.id, step.service, candidates, step.inputs, segment.keeps[position], reserve_s))
+            parts = tuple(self._further(table, service, now) for service in step.parts) if step.parts else ()
+            hops.append(Hop(step.id, step.service, candidates, step.inputs, segment.keeps[position], reserve_s, parts))
             view = self._book.view(candidates[0].replica)
             reserve_s += view.service_s + view.transfer_s
         return tuple(reversed(hops))
+
+    def _further(self, table: Table, service: str, now: float) -> Further:
+        """All replicas of a further part, those that are alive first: a running batch keeps to the one it has begun with."""
+        target = table.targets[service]
+        alive = sorted(target.candidates, key=lambda candidate: self._book.ejected(candidate.replica, now))
+        return Further(service, tuple(alive))
 
     def _is_due(
         self, table: Table, plan: Plan, index: int, position: int, order: tuple[int, ...], due: float, now: float
@@ -265,6 +351,17 @@ class Walker:
         views = [self._book.view(replica) for replica in target.replicas]
         return min((view.service_s + view.transfer_s for view in views), default=0.0)
 
+    def _learn_end(self, call: Call, frame: Frame, hops: Hops) -> None:
+        """A stream is over: what its generating hop says now replaces what it said at the first token."""
+        try:
+            (report,) = itinerary.reports([frame.document()])
+        except ValueError as error:
+            raise _nonsense(call, error) from None
+        for hop in hops:
+            if hop["replica"] == report["replica"]:
+                hop.update(report)
+        self._learn(hops)
+
     def _learn(self, hops: Hops) -> None:
         now = time.monotonic()
         for hop in hops:
@@ -274,7 +371,9 @@ class Walker:
                 hop["replica"],
                 now,
                 wait_s=hop.get("wait_s", 0.0),
-                service_s=hop.get("compute_s"),
+                # Of a stage that generates only the way to the first token: how many follow is each task's own affair, and
+                # whether there is time for them the stage itself judges.
+                service_s=hop.get("first_s", hop.get("compute_s")),
                 transfer_s=hop.get("transfer_s"),
             )
 
@@ -283,3 +382,7 @@ def _measure_way(hops: Hops, call: Call) -> None:
     """What of the call the first hop did not see: the way there and back."""
     if hops:
         hops[0]["transfer_s"] = itinerary.way_s(call.elapsed_s, hops[0].get("total_s", 0.0))
+
+
+def _nonsense(call: Call, error: Exception) -> UpstreamFailed:
+    return UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service)

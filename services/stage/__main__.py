@@ -1,4 +1,4 @@
-"""`python -m services.stage`: serve one stage of an exported model."""
+"""`python -m services.stage`: serve one stage of an exported model, or several fused into one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import get_args
 from models import manifest
 from models.manifest import ManifestError, Precision
 from services.stage import quota
-from services.stage.processors import open_processor
+from services.stage.processors.fused import open_stages
 
 SETUP_FAILED = 3
 
@@ -22,9 +22,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         model = manifest.load(arguments.model)
-        spec = model.stage(arguments.stage)
-        files = manifest.check_files(spec, arguments.precision, arguments.model)
-        processor = open_processor(spec, files, threads=1)
+        spec, processor = open_stages(model, arguments.stage, arguments.precision, arguments.model, threads=1)
     except ManifestError as error:
         print(f"espalier stage: {error}", file=sys.stderr)
         return SETUP_FAILED
@@ -33,7 +31,7 @@ def main() -> int:
     from services.stage.app import Replica, build  # noqa: PLC0415
     from services.stage.service import Identity  # noqa: PLC0415
 
-    service = arguments.service or arguments.stage
+    service = arguments.service or spec.name
     identity = Identity(service, arguments.replica or service, arguments.node)
     replica = Replica(
         model,
@@ -57,7 +55,9 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m services.stage", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory of the exported model")
-    parser.add_argument("--stage", required=True, help="which of its stages to serve")
+    parser.add_argument(
+        "--stage", type=lambda text: text.split(","), required=True, help="which of its stages to serve; A,B,C: fused into one"
+    )
     parser.add_argument("--precision", choices=get_args(Precision), default="float32")
     parser.add_argument("--service", help="name it is served under (default: the stage's)")
     parser.add_argument("--replica", help="name of this replica (default: the service's)")

@@ -21,8 +21,13 @@ from services.dataplane.service_time import ServiceEstimate
 from services.dataplane.wire import Limits
 from services.forward import Forwarder
 from services.hotpath import Endpoint, Front
+from services.stage import generation
+from services.stage.generation import GenerationWorker
 from services.stage.metrics import StageMetrics
-from services.stage.processors import Processor
+from services.stage.parts import PartWorker, Rest
+from services.stage.processors import Exemplary, Processor
+from services.stage.processors.generate import Generate
+from services.stage.processors.generate_part import Part
 from services.stage.service import VERSION, Identity, StageService
 from services.stage.warm import warm_up
 from services.stage.worker import ALONE_S, Worker
@@ -58,7 +63,7 @@ class Replica:
         self._slots = max(1, int(cpus))
         self._queue_capacity = queue_capacity
         self._max_batch = spec.max_batch if max_batch is None else min(max_batch, spec.max_batch)
-        self._alone_s = alone_s
+        self._alone_s = 0.0 if isinstance(processor, Exemplary) else alone_s
         self._limits = limits or Limits()
         self._service: StageService | None = None
 
@@ -66,19 +71,9 @@ class Replica:
     async def running(self) -> AsyncIterator[StageService]:
         """Warm up, start the worker and open the connections; undo it in reverse on the way out."""
         # Nobody is served yet, so nobody minds that this holds the event loop.
-        law = warm_up(self.spec, self._processor, self.model.typical_length)
-        worker = Worker(
-            self.spec,
-            self._processor,
-            ServiceEstimate(law),
-            self.metrics,
-            slots=self._slots,
-            capacity=self._queue_capacity,
-            max_batch=self._max_batch,
-            alone_s=self._alone_s,
-        )
         async with Transport() as transport:
             forwarder = Forwarder(transport, RouteBook(), RetryBudget())
+            worker = self._worker(forwarder)
             in_flight = self._queue_capacity * IN_FLIGHT_PER_PLACE
             service = StageService(
                 self.spec, self._identity, worker, forwarder, self.metrics, limits=self._limits, max_in_flight=in_flight
@@ -94,6 +89,32 @@ class Replica:
             finally:
                 self._service = None
                 await worker.stop()
+
+    def _worker(self, forwarder: Forwarder) -> Worker | GenerationWorker | PartWorker:
+        length = self.model.typical_length
+        if isinstance(self._processor, Generate):
+            pace = generation.warm_up(self._processor, length, self._max_batch)
+            return GenerationWorker(
+                self._processor,
+                pace,
+                self.metrics,
+                capacity=self._queue_capacity,
+                max_batch=self._max_batch,
+                rest=Rest(forwarder, self._limits) if self._processor.parts > 1 else None,
+            )
+        if isinstance(self._processor, Part):
+            law = warm_up(self.spec, self._processor, length)
+            return PartWorker(self.spec, self._processor, ServiceEstimate(law), self.metrics)
+        return Worker(
+            self.spec,
+            self._processor,
+            ServiceEstimate(warm_up(self.spec, self._processor, length)),
+            self.metrics,
+            slots=self._slots,
+            capacity=self._queue_capacity,
+            max_batch=self._max_batch,
+            alone_s=self._alone_s,
+        )
 
     @property
     def ready(self) -> bool:

@@ -49,6 +49,9 @@ class StageMetrics:
         ).labels(service, node)
         self.transfer = self._histogram("transfer_duration_seconds", "Time of a call to the next hop on the way.", SECONDS)
         self.batch_size = self._histogram("batch_size", "Items computed together.", ITEMS)
+        self.prefill = self._histogram("prefill_duration_seconds", "Time to read a prompt and make its first token.", SECONDS)
+        self.step = self._histogram("step_duration_seconds", "Time to make one more token of every sequence.", SECONDS)
+        self.tokens = Counter("espalier_stage_tokens", "Tokens made.", LABELS, registry=self._registry).labels(service, node)
         self._requests = Counter(
             "espalier_stage_requests", "Requests by how they ended here.", (*LABELS, "outcome"), registry=self._registry
         )

@@ -12,14 +12,14 @@ import numpy as np
 
 from models.manifest import BATCH_AXIS, StageSpec, TensorSpec
 from services.dataplane.errors import BadRequest, TooLarge
-from services.dataplane.wire import Array, Message
+from services.dataplane.wire import DTYPES, Array, Message
 
 MAX_ITEMS = 256
 """Longest batch axis of one task: one task must not hold a worker for seconds."""
 
 
 def bind(spec: StageSpec, message: Message, take: Mapping[str, str]) -> tuple[dict[str, Array], dict[str, int]]:
-    """The stage's inputs out of a request, each checked against the manifest.
+    """The stage's inputs out of a request, each checked against the manifest; what has a default may be left out.
 
     Args:
         spec: the stage.
@@ -38,6 +38,8 @@ def bind(spec: StageSpec, message: Message, take: Mapping[str, str]) -> tuple[di
     for wanted in spec.inputs:
         source = take.get(wanted.name)
         tensor = message.tensor(source) if source is not None else None
+        if tensor is None and wanted.default is not None:
+            continue
         if tensor is None:
             given = ", ".join(t.name for t in message.tensors) or "none"
             raise BadRequest(f"input {wanted.name!r} of stage {spec.name!r} is missing; the request has {given}")
@@ -45,9 +47,16 @@ def bind(spec: StageSpec, message: Message, take: Mapping[str, str]) -> tuple[di
             raise BadRequest(f"input {wanted.name!r} must be {wanted.datatype}, not {tensor.datatype}")
         _check_shape(wanted, tensor.array.shape, axes)
         inputs[wanted.name] = tensor.array
+    for left_out in (tensor for tensor in spec.inputs if tensor.name not in inputs):
+        inputs[left_out.name] = filled(left_out, axes)
     if axes.get(BATCH_AXIS, 1) > MAX_ITEMS:
         raise TooLarge(f"{axes[BATCH_AXIS]} items in one request; the limit is {MAX_ITEMS}: send several requests")
     return inputs, axes
+
+
+def filled(spec: TensorSpec, axes: Mapping[str, int]) -> Array:
+    """The default of an input that a request left out, for every item; an axis of unknown length is 1 long."""
+    return np.full([axes.get(n, 1) if isinstance(n, str) else n for n in spec.shape], spec.default, DTYPES[spec.datatype])
 
 
 def _check_shape(wanted: TensorSpec, shape: tuple[int, ...], axes: dict[str, int]) -> None:

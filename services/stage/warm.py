@@ -11,10 +11,12 @@ import numpy as np
 
 from models.manifest import BATCH_AXIS, ServiceLaw, StageSpec, TensorSpec
 from services.dataplane.wire import DTYPES, Array
-from services.stage.processors import Processor
+from services.stage.processors import Exemplary, Processor
 
 SHORT, LONG = 8, 64
 """Lengths of the symbolic axes tried, no longer than the model's typical ones: two points make a line."""
+FEW, MORE = 1, 2
+"""Items tried instead where a stage knows only batches and takes milliseconds for each: 64 images could take a minute."""
 RUNS = 5
 
 
@@ -22,13 +24,15 @@ def warm_up(spec: StageSpec, processor: Processor, typical_length: Mapping[str, 
     """Run the stage until its times mean something, and fit its law to them.
 
     Two sizes along every symbolic axis but batch, or along batch where there is no other. Medians of a few runs each, after one
-    that does not count.
+    that does not count. What cannot be made up, the processor makes itself.
     """
     other = {axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str) and axis != BATCH_AXIS}
     points = []
-    for length in (SHORT, LONG):
+    for length in (SHORT, LONG) if other or processor.inline else (FEW, MORE):
         axes = {axis: min(length, typical_length.get(axis, length)) for axis in other} or {BATCH_AXIS: length}
         inputs = {tensor.name: _made_up(tensor, axes) for tensor in spec.inputs}
+        if isinstance(processor, Exemplary):
+            inputs |= processor.example(axes.get(BATCH_AXIS, 1))
         units = spec.units(inputs[spec.inputs[0].name].shape)
         processor.run(inputs)
         seconds = []

@@ -50,6 +50,8 @@ class Result:
     compute_s: float
     batch: int
     """Items computed together."""
+    first_s: float | None = None
+    """Of generated tokens: compute time until the first one."""
 
 
 class Worker:

@@ -3,6 +3,7 @@
 Keys of the report: `hop_overhead_s` {p50, p99} [s], the encoder being int8 as in the demo, and `hop_overhead_float32_s`
 likewise; `throughput_ratio` (split over one process); `gateway_rps_per_core` [requests per processor second of the gateway];
 `http_floor_s` [s]; `overload` {on_time_ratio, perfect_on_time_ratio, ...}; `start_s` [s]; `light_resident_bytes` by stage;
+`memory` by testbed {ratio (shared stages over one process per task), ratio_of_stages, ...};
 `let_out_RUNTIME_s` and `cold_start_RUNTIME_s`, from order to gateway [s];
 `container_hop_ratio` (hop overhead in containers over that of processes; absent where there are no images); `policies` by name
 {on_time_ratio, late_ratio, cost, replicas, starts}, live, under one schedule; `parity` {on_time_ratio, replicas, cost, stages},
@@ -30,6 +31,7 @@ from tests.bench import (
     gateway,
     hop,
     letting_out,
+    memory,
     overload,
     parity,
     policies,
@@ -48,10 +50,14 @@ def main() -> int:
     """Measure, print, write; 0 when everything could be measured."""
     subprocess.run([sys.executable, "-m", "models", "export", "minilm", "--out", str(MODEL), "--precision", "float32",
                     "--precision", "int8"], check=True)  # fmt: skip
+    for name in memory.COMPARED:
+        words = ["export", str(memory.TESTBEDS / f"{name}.yaml"), "--models-dir", str(MODEL.parent)]
+        subprocess.run([sys.executable, "-m", "orchestrator", *words], check=True)
     console = Console(stderr=True)
     report: dict[str, Any] = {"machine": {"cpus": len(os.sched_getaffinity(0)), "platform": platform.platform()}}
     benches = (
-        ("start and memory", lambda: start.measure(MODEL)),
+        ("start and light stages", lambda: start.measure(MODEL)),
+        ("memory, shared against monoliths", lambda: memory.measure(MODEL.parent)),
         ("hop overhead, int8", lambda: hops(MODEL, "int8")),
         ("hop overhead, float32", lambda: hops(MODEL, "float32")),
         ("HTTP floor", lambda: hop.floor(MODEL)),
@@ -109,6 +115,14 @@ def _table(report: dict[str, Any]) -> Table:
         ),
         ("overload, on time from 1 s after it", f"{over['recovered_on_time_ratio']:.3f}", "≥ 0.99"),
         ("start of a pipeline to its first answer", f"{report['start_s']:.2f} s", "≤ 5 s"),
+        *(
+            (
+                f"memory, {name}: shared stages / monoliths (beyond empty processes)",
+                f"{found['ratio']:.2f} ({found['ratio_of_stages']:.2f})",
+                "",
+            )
+            for name, found in report["memory"].items()
+        ),
         ("idle light stages, resident", f"{max(report['light_resident_bytes'].values()) / 2**20:.0f} MiB", "≤ 80 MiB"),
     ]
     for runtime in ("processes", "engine"):

@@ -53,14 +53,14 @@ async def house(
                     own = precision if precision in spec.files else "float32"
                     replica = f"{name}-{index}"
                     command = ["services.stage", "--model", str(model), "--stage", name, "--replica", replica]
-                    process, url = await _start(
+                    process, url = await start(
                         *command, "--precision", own, "--cpus", "1", log=Path(scratch, f"{name}-{index}")
                     )
                     started[replica] = process
                     urls[name].append(url)
             file = Path(scratch, "routes.json")
             routes.save(document(exported, urls, pipelines), file)
-            process, gateway = await _start("services.gateway", "--routes-file", str(file), log=Path(scratch, "gateway"))
+            process, gateway = await start("services.gateway", "--routes-file", str(file), log=Path(scratch, "gateway"))
             started["gateway"] = process
             # A gateway without pipelines is never ready.
             await ready([*([gateway] if pipelines else []), *(url for each in urls.values() for url in each)])
@@ -95,7 +95,8 @@ def document(exported: Manifest, urls: Mapping[str, Sequence[str]], pipelines: S
     return Routes(version=1, testbed="bench", services=services, pipelines={p.name: p for p in pipelines})
 
 
-async def _start(*command: str, log: Path) -> tuple[asyncio.subprocess.Process, str]:
+async def start(*command: str, log: Path) -> tuple[asyncio.subprocess.Process, str]:
+    """A server of ours as a process on a free port, and its address."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         fd = listener.fileno()
         with log.open("wb") as output:

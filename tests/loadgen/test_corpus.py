@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import io
+import json
+import wave
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from loadgen.corpus import LONGEST, SHORTEST, SMALL_LENGTHS, InputSpec, describe, payload, text
+from loadgen import media
+from loadgen.corpus import LONGEST, RANGES, SHORT_WORDS, SHORTEST, SMALL_LENGTHS, InputSpec, describe, payload, text
 from loadgen.errors import SpecError
 from services.dataplane.wire import DTYPES, Limits, Message, Tensor, decode_request, encode_request
 
@@ -48,6 +54,61 @@ def test_a_bytes_input_has_as_many_texts_as_its_name_suggests(name: str, least: 
         assert all(element for element in tensor.array)
         counts.add(len(tensor.array))
     assert (min(counts), max(counts)) == (least, most)
+
+
+@pytest.mark.parametrize("name", ["query", "prompt"])
+def test_a_query_and_a_prompt_are_short(name: str) -> None:
+    words = {len(drawn(InputSpec(name, "BYTES", (-1,)), seed=seed)[0].array[0].split()) for seed in range(200)}
+    assert (min(words), max(words)) == SHORT_WORDS
+
+
+def test_an_image_is_one_that_can_be_opened() -> None:
+    (tensor,) = drawn(InputSpec("image", "BYTES", (-1,)))
+    with Image.open(io.BytesIO(tensor.array[0])) as image:
+        assert (image.format, image.size in media.SIZES) == ("JPEG", True)
+
+
+def test_audio_is_sound_that_can_be_read() -> None:
+    (tensor,) = drawn(InputSpec("audio", "BYTES", (-1,)))
+    with wave.open(io.BytesIO(tensor.array[0])) as file:
+        assert file.getframerate() in media.RATES_HZ
+
+
+def test_messages_are_a_question() -> None:
+    (tensor,) = drawn(InputSpec("messages", "BYTES", (-1,)))
+    (message,) = json.loads(tensor.array[0])
+    assert message["role"] == "user"
+    assert SHORT_WORDS[0] <= len(message["content"].split()) <= SHORT_WORDS[1]
+
+
+def test_messages_beside_an_image_say_where_it_is_meant() -> None:
+    image, messages = drawn(InputSpec("image", "BYTES", (-1,)), InputSpec("messages", "BYTES", (-1,)))
+    assert image.array[0].startswith(b"\xff\xd8")
+    (message,) = json.loads(messages.array[0])
+    assert [part["type"] for part in message["content"]] == ["image", "text"]
+    assert message["content"][1]["text"]
+
+
+def test_a_fixed_shape_is_filled_with_the_same_kind() -> None:
+    (tensor,) = drawn(InputSpec("image", "BYTES", (3,)))
+    assert len({element[:2] for element in tensor.array}) == 1
+    assert len(set(tensor.array)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "datatype"),
+    [("max_tokens", "INT64"), ("seed", "INT64"), ("temperature", "FP32"), ("top_p", "FP32"), ("temperature", "FP64")],
+)
+def test_numbers_that_mean_something_stay_in_their_range(name: str, datatype: str) -> None:
+    least, most = RANGES[name]
+    values = [float(drawn(InputSpec(name, datatype, (-1,)), seed=seed)[0].array[0]) for seed in range(200)]
+    assert least <= min(values) < max(values) <= most
+    assert len(set(values)) > 10
+
+
+def test_of_optional_inputs_only_the_length_of_the_answer_is_sent() -> None:
+    optional = [InputSpec(name, "INT64", (-1,), optional=True) for name in ("max_tokens", "seed", "top_k")]
+    assert [tensor.name for tensor in drawn(InputSpec("prompt", "BYTES", (-1,)), *optional)] == ["prompt", "max_tokens"]
 
 
 def test_labels_of_one_task_differ() -> None:
@@ -98,6 +159,12 @@ def test_an_unknown_datatype_is_named() -> None:
 def test_inputs_are_read_from_metadata() -> None:
     document = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [-1, "dim", 3]}]}
     assert describe(document) == (InputSpec("text", "BYTES", (-1, -1, 3)),)
+
+
+def test_an_input_may_be_optional() -> None:
+    entry = {"name": "seed", "datatype": "INT64", "shape": [-1]}
+    document = {"inputs": [entry, entry | {"optional": True, "default": 0}, entry | {"optional": "yes"}]}
+    assert [spec.optional for spec in describe(document)] == [False, True, False]
 
 
 @pytest.mark.parametrize("document", [{}, {"inputs": []}, {"inputs": "text"}, {"inputs": [1]}, {"inputs": [{"name": "text"}]}])

@@ -77,6 +77,13 @@ def test_tensors_that_cannot_be_made_fail_the_set_up() -> None:
         scheduled(Client("http://127.0.0.1:1", connections=1), strange)
 
 
+def test_an_image_cannot_be_sent_to_a_server_that_takes_only_json() -> None:
+    client = Client("http://127.0.0.1:1", connections=1)
+    metadata = Metadata("classify-image", (InputSpec("image", "BYTES", (-1,)),), None, None)
+    with pytest.raises(SetupFailed, match=r"pipeline 'classify-image': .*binary_data, which this server does not take"):
+        plan([Load(metadata, arrivals.parse("constant:50"), LONG_S)], client, seed=1, duration_s=0.1, warmup_s=0, binary=False)
+
+
 @pytest.mark.parametrize(("deadline_s", "expected"), [(0.3, 5.0), (1.0, 5.0), (4.0, 12.0)])
 def test_patience_is_three_deadlines_and_at_least_five_seconds(deadline_s: float, expected: float) -> None:
     assert patience_s(deadline_s) == expected

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from models import sentence
-from models.adapters import ADAPTERS, adapter_for
+from models.adapters import adapter_for
 from models.checkpoint import Checkpoint, Package, load_model, load_tokenizer, model_name, resolve
 from models.errors import CheckpointError, UnsupportedCheckpoint
 from tests.models import tiny
@@ -116,7 +116,7 @@ def test_an_unsupported_architecture_is_refused_by_name_with_those_supported(che
 def test_variants_that_would_come_out_wrong_are_refused(changes: dict[str, Any], complaint: str, checkpoint: Path) -> None:
     _edit(checkpoint / "config.json", **changes)
     with pytest.raises(UnsupportedCheckpoint, match=complaint):
-        ADAPTERS["bert"](resolve(str(checkpoint)))
+        adapter_for(resolve(str(checkpoint)))(resolve(str(checkpoint)))
 
 
 def _with_modules(checkpoint: Path, kinds: list[str], pooling: dict[str, Any]) -> Checkpoint:

@@ -30,15 +30,40 @@ def test_export_says_up_to_date_and_prints_json_on_stdout_alone(
     assert "encode" in shown.err
 
 
+def test_a_name_of_the_catalogue_needs_no_directory_and_no_source(
+    seeded_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del seeded_root
+    words = ["--models-dir", str(tmp_path)]
+    assert main(["export", "classifier-ci", *words, "--precision", "fp16", "-o", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["directory"] == str(tmp_path / "classifier-ci")
+    assert document["manifest"]["weights"] == "seeded"
+    stages = {stage["name"]: list(stage["files"]) for stage in document["manifest"]["stages"]}
+    assert stages == {"tokenise": ["float32"], "encode": ["float16"], "label": ["float32"]}
+    assert main(["verify", "classifier-ci", *words, "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == "bert-classifier"
+
+
+def test_of_an_export_of_a_directory_the_source_must_be_said(exported_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(exported_copy)]) == 2
+    assert "tiny-bert was exported from a directory" in " ".join(capsys.readouterr().err.split())
+
+
+def test_more_parts_than_layers_are_refused(tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tiny_bert), "--out", str(tmp_path / "out"), "--cut", "3"]) == 2
+    assert "2 layers cannot be cut into 3 parts" in capsys.readouterr().err
+
+
 def test_verify_passes_and_fails_by_exit_status(
     tiny_bert: Path, exported_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(exported_copy), str(tiny_bert), "-o", "json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["ok"] is True
-    assert {figure["precision"] for figure in document["figures"]} == {"float32", "int8"}
+    assert {figure["precision"] for figure in document["figures"]} == {"float32", "float16", "int8"}
     manifest = load(exported_copy)
-    save(manifest.model_copy(update={"tolerances": {"float32": 0.0, "int8": 1.0}}), exported_copy)
+    save(manifest.model_copy(update={"tolerances": {"float32": 0.0, "float16": 1.0, "int8": 1.0}}), exported_copy)
     assert main(["verify", str(exported_copy), str(tiny_bert)]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -59,8 +84,8 @@ def test_profile_prints_what_it_wrote(exported_copy: Path, capsys: pytest.Captur
     [
         ([], 2, "Usage"),
         (["exprot"], 2, "No such command"),
-        (["export", "minilm"], 2, "--out"),
-        (["export", "minilm", "--out", "x", "--precision", "float8"], 2, "float8"),
+        (["export", "minilm", "--out", "x", "--precision", "float8"], 2, "'float8' is not one of fp32, fp16, int8"),
+        (["export", "minilm", "--out", "x", "--cut", "0"], 2, "--cut"),
         (["export", "minilm", "--out", "x", "--opset", "12"], 2, "12"),
         (["export", "./nowhere", "--out", "x"], 2, "neither a directory"),
         (["verify", "nowhere", "minilm"], 2, "export the model first"),

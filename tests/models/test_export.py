@@ -12,16 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from models import directory
+from models.adapters.piece import Cut, Piece
 from models.checkpoint import resolve
-from models.errors import CheckpointError, ExportFailed, NotEnoughSpace
-from models.export import Exported, Wanted, export, exported_precisions, needed_bytes, unchanged
-from models.manifest import MANIFEST_NAME, ManifestError, check_files, load, save
+from models.errors import CheckpointError, ExportFailed, NotEnoughSpace, UnsupportedCheckpoint
+from models.export import Exported, Wanted, Writer, export, exported_precisions, needed_bytes, unchanged
+from models.manifest import MANIFEST_NAME, ManifestError, StageSpec, TensorSpec, check_files, load, save
 from tests.models import tiny
-from tests.models.conftest import BOTH
+from tests.models.conftest import EVERY
 
+_X = TensorSpec(name="x", datatype="FP32", shape=("batch", 3))
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -118,6 +121,10 @@ def _other_opset(_: Path) -> Wanted:
     return Wanted(opset=20, weights="seeded")
 
 
+def _other_parts(_: Path) -> Wanted:
+    return Wanted(parts=2, weights="seeded")
+
+
 def _other_label(_: Path) -> Wanted:
     return Wanted(weights="trained")
 
@@ -125,33 +132,35 @@ def _other_label(_: Path) -> Wanted:
 def _other_library(out: Path) -> Wanted:
     manifest = load(out)
     save(manifest.model_copy(update={"versions": {**manifest.versions, "torch": "1.0"}}), out)
-    return BOTH
+    return EVERY
 
 
 def _truncated_file(out: Path) -> Wanted:
     path = out / "encode.int8.onnx"
     path.write_bytes(path.read_bytes()[:-1])
-    return BOTH
+    return EVERY
 
 
 def _missing_manifest(out: Path) -> Wanted:
     (out / MANIFEST_NAME).unlink()
-    return BOTH
+    return EVERY
 
 
-@pytest.mark.parametrize("change", [_other_opset, _other_label, _other_library, _truncated_file, _missing_manifest])
+@pytest.mark.parametrize(
+    "change", [_other_opset, _other_parts, _other_label, _other_library, _truncated_file, _missing_manifest]
+)
 def test_what_makes_an_export_stale(change: Any, tiny_bert: Path, exported_copy: Path) -> None:
     checkpoint = resolve(str(tiny_bert))
-    assert unchanged(exported_copy, checkpoint, BOTH) is not None
+    assert unchanged(exported_copy, checkpoint, EVERY) is not None
     assert unchanged(exported_copy, checkpoint, change(exported_copy)) is None
 
 
 def test_another_checkpoint_of_the_same_name_makes_it_stale(tiny_bert: Path, exported_copy: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(tiny_bert, tmp_path / "other" / tiny_bert.name))
-    assert unchanged(exported_copy, resolve(str(other)), BOTH) is not None
+    assert unchanged(exported_copy, resolve(str(other)), EVERY) is not None
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    assert unchanged(exported_copy, resolve(str(other)), BOTH) is None
+    assert unchanged(exported_copy, resolve(str(other)), EVERY) is None
 
 
 def test_int8_alone_keeps_no_float32_and_asking_for_more_takes_nothing_away(tiny_bert: Path, tmp_path: Path) -> None:
@@ -163,13 +172,39 @@ def test_int8_alone_keeps_no_float32_and_asking_for_more_takes_nothing_away(tiny
     assert exported_precisions(second.manifest) == {"int8", "float32"}
 
 
+def test_every_graph_made_is_counted(tiny_bert: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    wanted = Wanted(precisions=("float16", "int8"), parts=2)
+    export(str(tiny_bert), tmp_path, wanted, made=lambda done, total: told.append((done, total)))
+    assert told == [(i, 4) for i in range(5)]
+
+
+def test_a_precision_without_a_tolerance_is_refused(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.adapters.bert.TOLERANCES", {"float32": 1e-4})
+    with pytest.raises(UnsupportedCheckpoint, match="bert has no stages in int8; supported: float32"):
+        export(str(tiny_bert), tmp_path, Wanted(precisions=("int8",)))
+
+
+def test_arrays_become_files_that_need_no_pickle(tmp_path: Path) -> None:
+    table, heads = np.arange(6, dtype=np.float32).reshape(2, 3), {"w1": np.ones((3, 2)), "b1": np.zeros(2)}
+    spec = StageSpec(name="head", tier="light", processor="project", inputs=(_X,), outputs=(_X,))
+    piece = Piece(spec, assets={"head-table.npy": table, "head.npz": heads, "head.txt": b"text"})
+    cut = Cut("None", "none", (piece,), {}, {}, {"float32": 0.0})
+    (stage,) = Writer(cut, ("int8",), 23, tmp_path, lambda _: None, lambda _, __: None).stages()
+    assert [file.path for file in stage.files["float32"]] == ["head-table.npy", "head.npz", "head.txt"]
+    assert np.array_equal(np.load(tmp_path / "head-table.npy", mmap_mode="r", allow_pickle=False), table)
+    with np.load(tmp_path / "head.npz", allow_pickle=False) as found:
+        assert all(np.array_equal(found[name], array) for name, array in heads.items())
+    assert check_files(stage, "float32", tmp_path)[2].read_bytes() == b"text"
+
+
 def test_a_failed_export_leaves_what_was_there(tiny_bert: Path, exported_copy: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(tiny_bert, tmp_path / "broken"))
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     before = load(exported_copy)
     with pytest.raises(CheckpointError):
-        export(str(broken), exported_copy, BOTH)
+        export(str(broken), exported_copy, EVERY)
     assert load(exported_copy) == before
     assert not list(exported_copy.glob(".partial-*"))
 
@@ -214,7 +249,7 @@ def test_two_exports_of_one_directory_take_turns(tiny_bert: Path, exported_copy:
     results: list[Exported] = []
 
     def second() -> None:
-        results.append(export(str(tiny_bert), exported_copy, BOTH, lambda text: waiting.set() if "waiting" in text else None))
+        results.append(export(str(tiny_bert), exported_copy, EVERY, lambda text: waiting.set() if "waiting" in text else None))
 
     with directory.locked(exported_copy, lambda _: None):
         thread = threading.Thread(target=second)
@@ -229,15 +264,17 @@ def test_a_full_disk_is_refused_before_anything_is_loaded(tmp_path: Path) -> Non
     directory.check_space(tmp_path, 1)
     with pytest.raises(NotEnoughSpace, match="name another directory with --out"):
         directory.check_space(tmp_path, 1 << 60)
-    assert needed_bytes(100 << 20, ("float32", "int8")) > needed_bytes(100 << 20, ("float32",)) > 100 << 20
+    needed = [needed_bytes(100 << 20, 0, p) for p in (("float32",), ("float16",), ("float32", "float16"), ("int8",))]
+    assert 100 << 20 < needed[0] < needed[1] == needed[2] < needed[3]
+    assert needed_bytes(100 << 20, 7, ("float32",)) == needed[0] + 7
 
 
 def test_the_checkpoint_itself_is_never_written_to(tiny_bert: Path) -> None:
     with pytest.raises(ExportFailed, match="is the checkpoint itself"):
-        export(str(tiny_bert), tiny_bert, BOTH)
+        export(str(tiny_bert), tiny_bert, EVERY)
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportFailed, match="cannot be written"):
-        export(str(tiny_bert), tmp_path / "file" / "out", BOTH)
+        export(str(tiny_bert), tmp_path / "file" / "out", EVERY)

@@ -117,7 +117,7 @@ def test_a_missing_manifest_says_export_first(tmp_path: Path) -> None:
         ("weights", "guessed", "weights"),
         ("model", "Not A Name", "model"),
         ("surprise", 1, "surprise"),
-        ("tolerances", {"float16": 1.0}, "tolerances"),
+        ("tolerances", {"float8": 1.0}, "tolerances"),
     ],
 )
 def test_a_bad_field_is_named(field: str, value: object, complaint: str, tmp_path: Path) -> None:

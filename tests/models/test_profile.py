@@ -10,16 +10,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from models.errors import ProfileFailed
-from models.export import Exported, export
-from models.manifest import ServiceLaw, describe, load, save
-from models.measure import Input, Job, Run, measure
-from models.profile import Grid, profile, undisturbed
-from tests.models.conftest import BOTH
+from models.export import export
+from models.manifest import ServiceLaw, StageSpec, TensorSpec, describe, load, save
+from models.profile import Grid, Run, _generation, profile, undisturbed
+from tests.models.conftest import EVERY
 
 _sizes = st.lists(st.integers(1, 4096), min_size=2, max_size=15, unique=True)
 _times = st.floats(1e-5, 10)
 _points = st.lists(st.tuples(st.integers(1, 4096), _times, st.floats(1, 5)), min_size=1, max_size=15)
-SMALL = Grid(batches=(1, 2, 64), lengths=(8, 500), rounds=2)
+SMALL = Grid(batches=(1, 2, 64), lengths=(8, 500), rounds=2, threads=(1, 2), tasks=20)
 
 
 @given(base_s=st.floats(0, 1), per_unit_s=st.floats(1e-6, 1), sizes=_sizes)
@@ -60,15 +59,6 @@ def test_a_single_size_gives_a_line_through_the_origin() -> None:
     assert (law.base_s, law.per_unit_s, law.tail_ratio) == pytest.approx((0.0, 0.025, 2.0))
 
 
-def test_measuring_runs_every_point_in_every_round(tiny_export: Exported) -> None:
-    inputs = [Input(name, "int64", ("batch", "seq")) for name in ("input_ids", "attention_mask")]
-    path = tiny_export.directory / "encode.float32.onnx"
-    found = measure(Job(str(path), threads=1, rounds=2, inputs=inputs, points=[(1, 8), (3, 16)]))
-    assert [len(runs) >= 2 and len(runs) % 2 == 0 for runs in found.runs] == [True, True]
-    assert found.load_s > 0
-    assert found.resident_bytes > 0
-
-
 @pytest.mark.parametrize(
     ("shares", "kept"),
     [
@@ -78,12 +68,17 @@ def test_measuring_runs_every_point_in_every_round(tiny_export: Exported) -> Non
 )
 def test_runs_that_others_disturbed_are_left_out(shares: list[float], kept: list[float]) -> None:
     runs = [Run(wall_s=i + 1.0, cpu_s=(i + 1.0) * share) for i, share in enumerate(shares)]
-    assert undisturbed(runs) == kept
+    assert [run.wall_s for run in undisturbed(runs)] == kept
 
 
-def test_an_input_is_filled_at_the_points_size() -> None:
-    tensor = Input("hidden", "float32", ("batch", "seq", 5)).fill(2, 3)
-    assert (tensor.shape, tensor.dtype, float(tensor.min())) == ((2, 3, 5), np.dtype("float32"), 1.0)
+def test_an_answer_is_a_prompt_read_and_tokens_one_by_one() -> None:
+    sequences = TensorSpec(name="input_ids", datatype="INT64", shape=("batch", "seq"))
+    stage = StageSpec(name="generate", tier="core", processor="generate", inputs=(sequences,), outputs=(sequences,))
+    points = [(1, 10), (2, 10), (2, 100)]
+    runs = [[Run(1.0, 1.0, first_s=0.1 + 0.01 * b * n, step_s=0.02 + 0.001 * b * (n + 4))] * 2 for b, n in points]
+    law = _generation(stage, points, runs, tokens=8)
+    assert (law.tokens, law.prefill.base_s, law.prefill.per_unit_s) == pytest.approx((8, 0.1, 0.01))
+    assert (law.step.base_s, law.step.per_unit_s) == pytest.approx((0.02, 0.001))
 
 
 def test_a_profile_lands_in_the_manifest_and_an_export_that_is_up_to_date_keeps_it(
@@ -92,7 +87,7 @@ def test_a_profile_lands_in_the_manifest_and_an_export_that_is_up_to_date_keeps_
     manifest = profile(exported_copy, SMALL)
     assert load(exported_copy) == manifest
     encode = manifest.stage("encode")
-    assert set(encode.profile) == {"float32", "int8"}
+    assert set(encode.profile) == set(EVERY.precisions)
     for found in encode.profile.values():
         # 64 is beyond the stage's largest batch, 500 beyond the model's longest text.
         assert [(point.batch, point.length) for point in found.points] == [(1, 8), (2, 8), (1, 72), (2, 72)]
@@ -100,8 +95,15 @@ def test_a_profile_lands_in_the_manifest_and_an_export_that_is_up_to_date_keeps_
         assert all(point.p50_s <= point.p95_s <= point.p99_s for point in found.points)
         assert found.threads == 1
         assert found.cpu
-    assert not any(stage.profile for stage in manifest.stages if stage.processor != "onnx")
-    again = export(str(tiny_bert), exported_copy, BOTH)
+        assert found.gamma is None
+        assert [other.threads for other in found.other_threads] == [2]
+    for stage in manifest.stages:
+        if stage.tier == "light":
+            (light,) = stage.profile.values()
+            assert light.gamma is not None
+            assert 2 <= light.gamma.samples <= SMALL.tasks
+            assert not light.other_threads
+    again = export(str(tiny_bert), exported_copy, EVERY)
     assert (again.written, again.manifest) == (False, manifest)
 
 
@@ -115,7 +117,7 @@ def test_a_file_that_does_not_open_fails_with_the_runtimes_message(exported_copy
     ]
     save(manifest.model_copy(update={"stages": tuple(stages)}), exported_copy)
     with pytest.raises(
-        ProfileFailed, match=r"encode\.float32\.onnx: the measuring process ended with status 1: .*cannot be opened"
+        ProfileFailed, match=r"encode: the measuring process ended with status 1: .*encode\.float32\.onnx: .*cannot open it"
     ):
         profile(exported_copy, SMALL)
     assert not load(exported_copy).stage("encode").profile
@@ -126,3 +128,17 @@ def test_a_manifest_that_changed_meanwhile_is_left_alone(exported_copy: Path) ->
     with pytest.raises(ProfileFailed, match="profile it again"):
         profile(exported_copy, SMALL, lambda _: save(changed, exported_copy))
     assert load(exported_copy) == changed
+
+
+def test_a_stage_that_lacks_a_package_is_left_out_and_the_rest_measured(
+    exported_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # A package of this name, found first, stands for one that is not installed.
+    (tmp_path / "tokenizers.py").write_text("raise ModuleNotFoundError('No module named tokenizers')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said: list[str] = []
+    manifest = profile(exported_copy, SMALL, said.append)
+    assert "leaving out tokenise: No module named tokenizers" in said
+    assert not manifest.stage("tokenise").profile
+    assert manifest.stage("pool").profile
+    assert manifest.stage("encode").profile

@@ -16,31 +16,35 @@ POSITIONS = 72
 WORDS = ("espalier", "tree", "trained", "along", "fixed", "frame", "pruned", "back", "every", "year", "late", "task", "queue")
 
 
-def build(directory: Path, family: str = "bert", seed: int = 0) -> Path:
-    """Save a checkpoint of `bert`, `roberta` or `xlm-roberta` as transformers would."""
+def build(directory: Path, family: str = "bert", seed: int = 0, labels: int = 0) -> Path:
+    """A checkpoint of `bert`, `distilbert`, `roberta` or `xlm-roberta` as transformers would; a classifier if it has labels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers deprecates parts of itself on import
         import torch  # noqa: PLC0415
         import transformers  # noqa: PLC0415
 
-        tokenizer = _word_piece() if family == "bert" else _bytes()
-        special = {"pad_token_id": 0} if family == "bert" else {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+        english = family in {"bert", "distilbert"}
+        tokenizer = _word_piece() if english else _bytes()
+        special = {"pad_token_id": 0} if english else {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+        inner = "hidden_dim" if family == "distilbert" else "intermediate_size"
         config = transformers.AutoConfig.for_model(
             family,
             vocab_size=tokenizer.get_vocab_size(),
             hidden_size=HIDDEN,
             num_hidden_layers=2,
             num_attention_heads=4,
-            intermediate_size=64,
             max_position_embeddings=POSITIONS,
             initializer_range=0.2,  # at 0.02 every text comes out the same, and a comparison would prove nothing
+            **{inner: 64},
             **special,
+            **({"num_labels": labels} if labels else {}),
         )
         torch.manual_seed(seed)
-        model: Any = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        auto: Any = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModel
+        model = auto.from_config(config)
         model.save_pretrained(directory)
         names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-        if family != "bert":
+        if not english:
             names = {
                 "pad_token": "<pad>",
                 "unk_token": "<unk>",

@@ -35,6 +35,16 @@ def test_where_nothing_was_computed_no_pipeline_is_charged() -> None:
     assert (charged["cost"], charged["pipelines"]["embed"]["cost"]) == (5.0, None)
 
 
+def test_a_service_is_shared_where_several_pipelines_came_by() -> None:
+    report = {
+        "pipelines": {
+            "embed": {"stages": {"encode": stage(100, 0.01), "pool": stage(100, 0.001)}},
+            "classify": {"stages": {"encode": stage(40, 0.01)}},
+        }
+    }
+    assert bench.shared(report) == {"encode": {"embed": 100, "classify": 40}}
+
+
 def test_the_load_generator_gets_the_workload_of_the_testbed() -> None:
     options = Options(warmup_s=2.0, seed=7, objective=0.95, duration_s=None, records=None, as_json=False)
     argv = bench.command(load().testbed, "http://gateway", Path("r.json"), options)

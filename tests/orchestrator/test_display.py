@@ -50,6 +50,11 @@ def test_progress_fits_in_a_line() -> None:
     assert display.progress(STATUS) == "pool 1/2, encode 0/1, gateway -"
 
 
+def test_a_shared_service_is_shown_with_the_pipelines_that_came_by() -> None:
+    shown = text(display.shared({"encode": {"embed": 100, "classify": 40}}))
+    assert ["encode", "140", "embed", "100,", "classify", "40"] in [line.split() for line in shown.splitlines()]
+
+
 def test_costs_are_shown_by_pipeline_and_by_what_they_were_spent_on() -> None:
     report = {"cost": 30.0, "pipelines": {"embed": {"cost": 20.0}, "rank": {"cost": None}}}
     shown = text(display.costs(report, {"replicas": 25.0, "standby": 5.0}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,11 +18,13 @@ from typing import Any
 import psutil
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
-from orchestrator.__main__ import main
+from orchestrator import display, facts
+from orchestrator.__main__ import export_words, main
 from orchestrator.state_dir import StateDir
 from services.dataplane import routes
-from tests.orchestrator.examples import TESTBED, export
+from tests.orchestrator.examples import TESTBED, export, load
 
 FAKES = {
     "ESPALIER_STAGE_MODULE": "tests.orchestrator.fake_stage",
@@ -323,6 +326,70 @@ def test_a_port_that_is_taken_fails_the_set_up_and_leaves_nothing(terminal: Term
     assert result.exit_code == 3
     assert "Address already in use; free it, or choose another port under gateway" in result.stderr
     assert list(terminal.state.root.glob("replicas/*")) == []
+
+
+def test_info_tells_of_every_model_whether_its_weights_are_trained(terminal: Terminal) -> None:
+    there = terminal.home / "models"
+    (there / "half").mkdir()
+    (there / "half" / "manifest.json").write_text("{}")
+    assert facts.gather(terminal.home, there)["models"] == {"tiny": "seeded"}, "half is no export"
+    assert facts.gather(terminal.home, there)["serving"] == {}
+    terminal.good("up")
+    found = facts.gather(terminal.home, there)
+    assert found["serving"] == {"small": {"tiny": "seeded"}}
+    said = io.StringIO()
+    Console(file=said, width=200).print(display.pairs(found))
+    assert "small (tiny seeded)" in said.getvalue()
+
+
+def test_a_model_is_exported_in_as_many_parts_and_precisions_as_the_file_says() -> None:
+    model = load(TESTBED.replace("precisions: [float32, int8]", "precisions: [fp16, int8], cut: 2")).testbed.models["tiny"]
+    assert export_words(model, Path("there/tiny")) == [
+        "minilm", "--out", "there/tiny", "--precision", "float16", "--precision", "int8", "--cut", "2",
+    ]  # fmt: skip
+    assert "--cut" not in export_words(load().testbed.models["tiny"], Path("there/tiny"))
+
+
+@pytest.mark.parametrize(
+    ("words", "handed_on"),
+    [
+        (["export", "clip-tiny"], ["export", "clip-tiny", "--models-dir", "out/models"]),
+        (
+            ["export", "a/dir", "--cut", "2", "--precision", "fp16", "--precision", "int8", "--out", "x", "--force"],
+            [
+                "export",
+                "a/dir",
+                "--models-dir",
+                "out/models",
+                "--cut",
+                "2",
+                "--out",
+                "x",
+                "--precision",
+                "fp16",
+                "--precision",
+                "int8",
+                "--force",
+            ],
+        ),
+        (["verify", "clip-tiny", "a/dir"], ["verify", "clip-tiny", "a/dir", "--models-dir", "out/models"]),
+        (
+            ["profile", "clip-tiny", "--threads", "1,2", "--quick", "--plot", "p.png"],
+            [*("profile", "clip-tiny", "--models-dir", "out/models"), *("--plot", "p.png", "--quick", "--threads", "1,2")],
+        ),
+    ],
+)
+def test_a_command_for_one_model_is_handed_on(words: list[str], handed_on: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("orchestrator.__main__._models", lambda *arguments: asked.append(arguments))
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert asked == [tuple(handed_on)]
+
+
+def test_a_testbed_says_itself_how_its_models_are_exported() -> None:
+    result = CliRunner().invoke(main, ["export", "deploy/testbeds/demo.yaml", "--cut", "2"])
+    assert result.exit_code == 2
+    assert "says of each model how it is exported; --cut is for one MODEL" in result.stderr
 
 
 def test_info_tells_versions_and_providers() -> None:

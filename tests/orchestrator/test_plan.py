@@ -44,6 +44,21 @@ def test_between_two_plans_stand_the_services_of_both_and_the_pipelines_of_the_o
     assert both.testbed.targets()["mean"].replicas == 1
 
 
+def fused(name: str, stages: str) -> str:
+    """The testbed with the service `pool` replaced by a fused one, and only that in the pipeline behind `tokenise`."""
+    text = TESTBED.replace("  pool: {model: tiny, stage: pool,", f"  {name}: {{model: tiny, stages: {stages},")
+    text = text.replace("      - {id: encode, service: encode}\n", "")
+    return text.replace("service: pool}", f"service: {name}, inputs: {{attention_mask: tokenise.attention_mask}}}}")
+
+
+def test_what_was_fused_is_still_known_while_it_is_replaced(home: Path) -> None:
+    text = fused("joint", "[encode, pool]")
+    both = plans.between(plan(home, text), plan(home, TESTBED))
+    assert both.stage("joint").name == "encode-pool"
+    assert both.stage("pool").name == "pool"
+    assert [step.service for step in both.map().pipelines["embed"].steps] == ["tokenise", "joint"]
+
+
 @pytest.mark.parametrize(("old", "new"), [("name: small", "name: other"), ("gateway: {port: 0}", "gateway: {port: 9}")])
 def test_what_cannot_change_while_it_is_up_is_refused(home: Path, old: str, new: str) -> None:
     with pytest.raises(UsageError, match=r"cannot change while the testbed is up; take it down first"):

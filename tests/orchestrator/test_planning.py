@@ -52,12 +52,22 @@ def test_explained_it_says_why(terminal: Terminal) -> None:
     assert "assumed: encode has no profile: 20 ms a task taken" in said
 
 
+def test_explained_it_says_what_every_cut_costs(terminal: Terminal) -> None:
+    said = terminal.plan("--explain").stdout
+    assert "cuts of embed: 2, with 2.5 ms of hops to 24 ms of work (deadline 300 ms)" in said
+    assert "  tokenise | encode: 0 B cross in 1 ms, beside 2 ms (assumed) and 20 ms (assumed) of work; keep it: fused" in said
+    assert "cuts of embed: 2, with 5.5 ms of hops to 24 ms of work" in terminal.plan("--explain", "--hop", "2.5ms").stdout
+    assert "2 has no unit" in terminal.plan("--hop", "2").output
+
+
 def test_as_json_it_has_everything(terminal: Terminal) -> None:
     found = terminal.document()
     assert found["ready"]["encode"] == {"edge-1": 1, "edge-2": 1}
     assert found["standby"] == {"tokenise": {"edge-2": 1}}
     assert found["how"] == "optimal"
     assert found["survives"]
+    assert found["hop_s"] == 0.001
+    assert [cut["between"] for cut in found["cuts"]] == [["tokenise", "encode"], ["encode", "pool"]]
     assert found["carried_without"] == {"edge-1": 1.0, "edge-2": 1.0}
 
 

@@ -36,6 +36,21 @@ def test_a_replica_may_use_a_whole_core_where_nothing_is_said() -> None:
     assert limits == {"tokenise": 1.0, "encode": 1.5, "pool": 0.25}
 
 
+def test_precisions_have_the_short_names_of_the_command_line_too() -> None:
+    testbed = load(
+        TESTBED.replace("[float32, int8]", "[fp32, fp16, int8]").replace("stage: encode", "stage: encode, precision: fp16")
+    ).testbed
+    assert testbed.models["tiny"].precisions == ("float32", "float16", "int8")
+    assert testbed.services["encode"].precision == "float16"
+
+
+def test_a_fused_service_is_a_stage_named_after_its_members() -> None:
+    testbed = load(TESTBED.replace("stage: pool,", "stages: [encode, pool],")).testbed
+    assert testbed.services["pool"].stage == "encode-pool"
+    assert testbed.services["pool"].members == ("encode", "pool")
+    assert testbed.services["encode"].members == ("encode",)
+
+
 POOL = "pool: {model: tiny, stage: pool, cpus: 0.1, memory: 64MiB"
 ENCODE_STEP = "{id: encode, service: encode}"
 EVERY_MISTAKE = [
@@ -60,10 +75,20 @@ EVERY_MISTAKE = [
      "[edge-1, edge-2], latency: 1ms, bandwidth: 1Gb/s}\n  - {between: [edge-2, edge-1], latency: 1ms, bandwidth: 1Gb/s}",
      "7: links[1].between: edge-2 and edge-1 are linked already; one link serves both directions"),
     ("[float32, int8]", "[float32, int4]",
-     "8: models.tiny.precisions[1]: 'int4' is not one of float32, int8; did you mean int8?"),
+     "8: models.tiny.precisions[1]: 'int4' is not one of float32, float16, int8; did you mean int8?"),
     ("{model: tiny, stage: pool", "{model: tinny, stage: pool",
      "12: services.pool.model: there is no model 'tinny'; did you mean tiny?"),
     (POOL, POOL + ", nodes: [edge-9]", "12: services.pool.nodes: there is no node 'edge-9'; did you mean edge-2?"),
+    ("source: minilm,", "source: minilm, cut: 0,",
+     "8: models.tiny.cut: 0 is out of range: input should be greater than or equal to 1"),
+    ("{model: tiny, stage: pool,", "{model: tiny,", "12: services.pool.stage: is missing"),
+    ("stage: pool,", "stage: pool, stages: [encode, pool],",
+     "12: services.pool.stages: there is also stage: pool; name one stage, or the stages that are fused"),
+    ("stage: pool,", "stages: [pool],",
+     "12: services.pool.stages: one stage has nothing to be fused with; write stage: pool"),
+    ("stage: pool,", "stages: [encode, pool, encode],", "12: services.pool.stages[2]: 'encode' is there already"),
+    ("deadline: 300ms", "deadline: 300ms\n    token_deadline: 0s",
+     "16: pipelines.embed.token_deadline: '0s' is out of range: input should be greater than 0"),
     (POOL, POOL + ", replicas: 0", "12: services.pool.replicas: 0 is out of range: input should be greater than or equal to 1"),
     (POOL, POOL + ", floor: 2", "12: services.pool.floor: 2 is more than the 1 replicas asked for"),
     (POOL, POOL.replace("0.1", "4"),

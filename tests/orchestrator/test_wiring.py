@@ -5,7 +5,7 @@ import pytest
 from orchestrator import testbed as testbeds
 from orchestrator import wiring
 from orchestrator.testbed import Loaded
-from tests.orchestrator.examples import MANIFEST, TESTBED, load
+from tests.orchestrator.examples import MANIFEST, TESTBED, load, tensor
 
 TWO_BRANCHES = """\
     steps:
@@ -77,6 +77,89 @@ def test_after_looks_only_at_a_step_and_its_ancestors() -> None:
 def test_an_edge_that_does_not_fit_is_named_in_the_file(good: str, bad: str, problem: str) -> None:
     found = problems(load(TESTBED.replace(good, bad, 1)))
     assert f"small.yaml:{problem}" in found
+
+
+FUSED = TESTBED.replace("stage: pool,", "stages: [encode, pool],").replace("      - {id: encode, service: encode}\n", "")
+
+
+def test_a_fused_service_is_wired_by_what_its_members_do_not_make_themselves() -> None:
+    wired = wiring.wire(load(FUSED).testbed, {"tiny": MANIFEST})
+    assert not wired.problems
+    assert dict(wired.pipelines["embed"].steps[1].inputs) == {
+        "input_ids": "tokenise.input_ids", "attention_mask": "tokenise.attention_mask",
+    }  # fmt: skip
+    assert wired.tiers["pool"] == "core"
+    assert wired.manifests["tiny"].stage("encode-pool").outputs[-1].name == "embedding"
+
+
+@pytest.mark.parametrize(
+    ("stages", "problem"),
+    [
+        ("[encode, pol]", "12: services.pool.stages[1]: model 'tiny' has no stage 'pol'; did you mean pool?"),
+        ("[tokenise, pool]", "12: services.pool.stages: stage 'pool' takes 'last_hidden_state', which encode makes of what "
+         "tokenise makes: put that stage between them"),
+        ("[encode, tokenise]", "12: services.pool.stages: stage 'tokenise' takes nothing that encode makes: fused stages are "
+         "one chain"),
+        ("[encode, pool], tier: light", "12: services.pool.tier: the manifest says that 'encode-pool' is core"),
+    ],
+)  # fmt: skip
+def test_stages_that_cannot_be_fused_are_named_in_the_file(stages: str, problem: str) -> None:
+    assert problems(load(FUSED.replace("[encode, pool]", stages))) == [f"small.yaml:{problem}"]
+
+
+def test_a_fused_stage_is_nobody_elses() -> None:
+    text = FUSED.replace("stage: tokenise,", "stage: encode-pool,")
+    assert problems(load(text)) == [
+        "small.yaml:10: services.tokenise.stage: model 'tiny' has no stage 'encode-pool'; did you mean encode?"
+    ]
+
+
+def test_an_input_with_a_default_that_no_step_gives_comes_from_the_request() -> None:
+    optional = tensor("temperature", "FP32", "batch").model_copy(update={"default": 0.0})
+    stages = [
+        stage.model_copy(update={"inputs": (*stage.inputs, optional)}) if stage.name == "pool" else stage
+        for stage in MANIFEST.stages
+    ]
+    wired = wiring.wire(load().testbed, {"tiny": MANIFEST.model_copy(update={"stages": tuple(stages)})})
+    assert not wired.problems
+    assert wired.pipelines["embed"].steps[2].inputs["temperature"] == "request.temperature"
+
+
+def cut_in_two(text: str) -> list[str] | tuple[str, ...]:
+    """Problems, or the services of the step `encode`, where `encode` is the first part of two of a decoder."""
+    encode = MANIFEST.stage("encode")
+    parts = [
+        encode.model_copy(update={"name": f"encode-{i}", "processor": "generate", "parameters": {"part": i, "parts": 2}})
+        for i in (1, 2)
+    ]
+    stages = (*(stage for stage in MANIFEST.stages if stage.name != "encode"), *parts)
+    loaded = load(text.replace("stage: encode,", "stage: encode-1,"))
+    wired = wiring.wire(loaded.testbed, {"tiny": MANIFEST.model_copy(update={"stages": stages})})
+    return wired.pipelines["embed"].steps[1].services if not wired.problems else list(loaded.complain(wired.problems).problems)
+
+
+SECOND = "  more: {model: tiny, stage: encode-2, cpus: 0.1, memory: 64MiB}\n"
+
+
+def test_a_decoder_that_was_cut_works_with_the_services_of_its_other_parts() -> None:
+    int8 = SECOND.replace("more:", "small:").replace("stage: encode-2", "stage: encode-2, precision: int8")
+    assert cut_in_two(TESTBED.replace("  pool:", int8 + SECOND + "  pool:")) == ("encode", "more")
+
+
+def test_a_part_that_nobody_serves_is_a_problem_and_so_is_a_step_at_a_later_part() -> None:
+    assert cut_in_two(TESTBED) == [
+        "small.yaml:19: pipelines.embed.steps[1].service: 'encode' is part 1 of 2 of a decoder, and no service serves "
+        "'encode-2' of 'tiny'"
+    ]
+    text = TESTBED.replace("  pool:", SECOND + "  pool:").replace("service: encode}", "service: more}")
+    assert cut_in_two(text) == [
+        "small.yaml:20: pipelines.embed.steps[1].service: 'more' is part 2 of a decoder; a step names the first, which calls it"
+    ]
+
+
+def test_how_long_a_stream_may_pause_goes_along() -> None:
+    text = TESTBED.replace("deadline: 300ms", "deadline: 300ms\n    token_deadline: 50ms")
+    assert wiring.wire(load(text).testbed, {"tiny": MANIFEST}).pipelines["embed"].token_deadline_s == 0.05
 
 
 def test_a_cycle_closed_by_a_wire_is_a_problem_too() -> None:

@@ -51,6 +51,16 @@ class _Server(uvicorn.Server):
         self.listening.set()
 
 
+_SERVERS: dict[str, _Server] = {}
+"""Those that run, by address."""
+
+
+def break_off(address: str) -> None:
+    """Cut every connection into a server, as the end of its process would."""
+    for connection in list(_SERVERS[address].server_state.connections):
+        connection.transport.abort()
+
+
 @asynccontextmanager
 async def serving(app: ASGIApp) -> AsyncIterator[str]:
     """Serve an app on a free port of loopback; yields its address."""
@@ -63,9 +73,11 @@ async def serving(app: ASGIApp) -> AsyncIterator[str]:
     if task.done():
         waiter.cancel()
         await task
+    _SERVERS[address] = server
     try:
         yield address
     finally:
+        del _SERVERS[address]
         server.should_exit = True
         await task
 

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi import FastAPI
 
 from models.manifest import ServiceLaw
+from services import server
 from services.dataplane import deadline, itinerary, wire
 from services.dataplane.batching import DeadlineQueue, Waiting, next_batch
 from services.dataplane.deadline import Deadline
 from services.dataplane.errors import BadRequest
+from services.dataplane.generation import GenerationEstimate, Member, next_to_join
 from services.dataplane.itinerary import Candidate, Hop
 from services.dataplane.routing import RetryBudget, RouteBook
 from services.dataplane.service_time import ServiceEstimate
+from services.dataplane.streams import Pace
 from services.dataplane.wire import Array, Message, Tensor
 from services.forward import Call, Forwarder
-from services.hotpath import Answer, Endpoint, Front, Request
+from services.gateway import openai
+from services.hotpath import Answer, Endpoint, Front, Request, Stream
 from services.transport import Transport
-from tests.services import harness
+from tests.services import generative, harness
 from tests.services.harness import (
     Doubler,
     Gate,
@@ -39,6 +47,7 @@ from tests.services.harness import (
     result,
     with_standbys,
 )
+from tests.services.test_streams import Client, asking, until
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "deadlines.md"
 
@@ -351,6 +360,218 @@ def test_d17_retries_are_a_tenth_of_requests_beyond_the_reserve() -> None:
         retries += budget.allow()
     assert retries <= 0.1 * requests + 100
     assert retries >= 0.1 * requests
+
+
+# --- streams --------------------------------------------------------------------------------------------------------------
+
+
+async def test_d26_a_stream_without_a_token_by_its_deadline_has_expired(tmp_path: Path) -> None:
+    async with generative.served(tmp_path, deadline_s=0.3) as served:
+        served.graph.hold()
+        async with asking(served) as client:
+            assert await client.begin() == 504
+            assert b"transfer-encoding" not in client.head
+        await until(lambda: counted_stream(served) == {"expired": 1})
+        await until(lambda: served.gateway.in_flight == 0)
+
+
+@pytest.mark.parametrize(("token_deadline_s", "outcome"), [(0.5, "late"), (60.0, "on_time"), (None, "on_time")])
+async def test_d27_a_wait_between_tokens_makes_a_stream_late(
+    tmp_path: Path, token_deadline_s: float | None, outcome: str
+) -> None:
+    async with generative.served(tmp_path, deadline_s=60.0, token_deadline_s=token_deadline_s) as served:
+        served.graph.hold()
+        async with asking(served, max_tokens=3) as client:
+            served.graph.allow()
+            assert await client.begin() == 200
+            await client.event()
+            await asyncio.sleep(0.6)  # the wait itself is what the sentence is about
+            served.graph.free()
+            assert (await client.rest())[-1] == "DONE"
+        await until(lambda: counted_stream(served) == {outcome: 1})
+
+
+async def test_d27_time_in_which_the_client_does_not_read_is_not_waited_for(tmp_path: Path) -> None:
+    async with generative.served(tmp_path, token_deadline_s=0.25) as served:
+        service = served.gateway._service
+        assert service is not None
+        plan = service.plan("write")
+        request = {
+            "request.text": openai.texts("text", [b"ade"]),
+            "request.max_tokens": Tensor("max_tokens", "INT64", np.array([20])),
+        }
+        states = service.stream(plan, request, Deadline(asyncio.get_running_loop().time(), 20.0), {})
+        served.graph.hold()
+        served.graph.allow()
+        await anext(states)
+        served.graph.free()
+        await asyncio.sleep(0.5)  # whoever reads takes that long
+        assert [state.tensors["output_count"].array.tolist() async for state in states][-1] == [20]
+        await until(lambda: counted_stream(served) == {"on_time": 1})
+
+
+@pytest.mark.parametrize(("deadline_s", "token_deadline_s"), [(60.0, 0.1), (1.0, None)])
+async def test_d28_a_stream_of_which_nothing_more_comes_ends_with_an_error(
+    tmp_path: Path, deadline_s: float, token_deadline_s: float | None
+) -> None:
+    async with generative.served(tmp_path, deadline_s=deadline_s, token_deadline_s=token_deadline_s) as served:
+        served.graph.hold()
+        async with asking(served) as client:
+            served.graph.allow()
+            assert await client.begin() == 200
+            await client.event()
+            (error,) = await client.rest()
+            assert error["error"]["code"] == "expired"
+        await until(lambda: counted_stream(served) == {"expired": 1})
+    assert Pace.of(token_deadline_s, deadline_s).stall_s == pytest.approx(1.0)
+
+
+async def test_d29_an_error_after_the_first_token_is_told_in_the_stream_and_nothing_follows(tmp_path: Path) -> None:
+    async with generative.served(tmp_path) as served:
+        served.graph.hold()
+        async with asking(served) as client:
+            served.graph.allow()
+            assert await client.begin() == 200
+            await client.event()
+            harness.break_off(served.stages["generate"])
+            events = await client.rest()
+            assert [event["error"]["code"] for event in events] == ["upstream_error"]
+        await until(lambda: counted_stream(served) == {"failed": 1})
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_d30_the_token_being_made_is_the_last(tmp_path: Path, leaves: bool) -> None:
+    async with generative.served(tmp_path) as served:
+        served.graph.hold()
+        served.graph.allow(3)
+        ask = {"model": "write", "prompt": "ade", "max_tokens": 40}
+        async with asking(served) if leaves else asking_whole(served, 0.5, **ask):
+            assert await asyncio.to_thread(served.graph.waits.wait, 10)
+            if not leaves:
+                await until(lambda: counted_stream(served) == {"expired": 1})
+        await until(lambda: served.replicas["generate"].in_flight == 0)
+        served.graph.allow()  # the fourth had begun
+        await until(lambda: served.graph.runs == 4)
+        served.graph.free()
+        async with asking_whole(served, 20.0, **(ask | {"max_tokens": 2})) as client:
+            assert await client.begin() == 200
+        assert served.graph.runs == 4 + 2
+        assert set(counted_stream(served)) == {"cancelled" if leaves else "expired", "on_time"}
+
+
+async def test_d31_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "WRITE_S", 0.2)
+    closed = asyncio.Event()
+    asked = 0
+
+    async def pieces() -> AsyncGenerator[bytes]:
+        nonlocal asked
+        try:
+            while True:
+                asked += 1
+                yield b"x" * 100_000
+        finally:
+            closed.set()
+
+    async def stream(request: Request) -> Stream:
+        return Stream(200, [], pieces())
+
+    front = Front(FastAPI())
+    front.open(Endpoint(stream, body_limit=1000))
+    async with harness.serving(front) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]), limit=1000)
+        writer.write(b"POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+        async with asyncio.timeout(20):
+            await closed.wait()
+        assert asked < 1000, "no more was asked for than the buffers on the way hold"
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await reader.readexactly(10**12)
+        writer.close()
+
+
+def joining(due: float, rows: int = 1, tokens: int = 1, length: int = 10) -> Waiting[Any]:
+    return Waiting(SimpleNamespace(tokens=tokens), due, rows, (length,), 0.0, 0.1)
+
+
+PREFILL = ServiceLaw(base_s=0.0, per_unit_s=0.01, tail_ratio=1.5)
+STEP = ServiceLaw(base_s=0.02, per_unit_s=0.01, tail_ratio=1.0)
+"""A prompt of 10 tokens is read in 0.1 s, with bad luck 0.15 s; a step takes 0.02 s and 0.01 s for each sequence."""
+
+
+@pytest.mark.parametrize(
+    ("member", "joins"),
+    [
+        (Member(due=0.14, rows=1, steps=1.0), True),
+        (Member(due=0.13, rows=1, steps=1.0), False),
+        (Member(due=0.3, rows=1, steps=6.0), False),
+        (Member(due=0.35, rows=1, steps=6.0), True),
+        (Member(due=0.02, rows=1, steps=1.0), True),
+        (Member(due=math.inf, rows=3, steps=1.0), True),
+        (Member(due=math.inf, rows=4, steps=1.0), False),
+    ],
+    ids=[
+        "the next token waits 0.1 s and takes 0.04 s",
+        "and would be late",
+        "the rest of an answer would be late",
+        "and would not",
+        "late without it as well",
+        "nobody minds",
+        "no room",
+    ],
+)
+def test_d32_a_task_joins_while_everybody_stays_in_time(member: Member, joins: bool) -> None:
+    queue: DeadlineQueue[Any] = DeadlineQueue(8)
+    later, urgent = joining(9.0), joining(8.0)
+    for each in (later, urgent):
+        queue.push(each)
+    taken, doomed = next_to_join(queue, [member], 0.0, GenerationEstimate(PREFILL, STEP), max_rows=4)
+    assert doomed == []
+    assert taken is (urgent if joins else None)
+    assert len(queue) == (1 if joins else 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shares", "due", "dropped"),
+    [(1, [1.0], 0.16, False), (1, [1.0], 0.14, True), (11, [1.0], 0.46, False), (11, [1.0], 0.44, True), (11, [], 0.16, False)],
+    ids=["a stream's first token", "not in time", "eleven tokens", "not in time", "nothing known of how many they will be"],
+)
+def test_d33_a_task_is_dropped_when_its_tokens_would_probably_not_be_there(
+    tokens: int, shares: list[float], due: float, dropped: bool
+) -> None:
+    estimate = GenerationEstimate(PREFILL, STEP)
+    for share in shares:
+        estimate.answered(int(share * 10), 10)
+    queue: DeadlineQueue[Any] = DeadlineQueue(8)
+    queue.push(task := joining(due, tokens=tokens))
+    assert next_to_join(queue, [], 0.0, estimate, 4) == ((None, [task]) if dropped else (task, []))
+
+
+async def test_d33_and_is_told_so(tmp_path: Path) -> None:
+    async with generative.served(tmp_path) as served:
+        slow = ServiceEstimate(ServiceLaw(base_s=30.0, per_unit_s=0.0, tail_ratio=1.0))
+        worker: Any = served.replicas["generate"]._service
+        worker._worker._estimate.prefill = slow
+        async with asking(served) as client:
+            assert await client.begin() == 504
+            length = int(client.head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            assert json.loads(await client.reader.readexactly(length))["error"]["code"] == "would_expire"
+
+
+def counted_stream(served: Any) -> dict[str, int]:
+    return outcomes(served.page(), "write")
+
+
+@asynccontextmanager
+async def asking_whole(served: Any, seconds: float, **fields: Any) -> AsyncIterator[Client]:
+    """The same task, asked for as a whole answer."""
+    content = json.dumps(fields).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-timeout-seconds: {seconds}\r\n"
+    writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+    try:
+        yield Client(reader, writer)
+    finally:
+        writer.close()
 
 
 # --- refusing -------------------------------------------------------------------------------------------------------------

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 from fastapi import FastAPI
 
 from services import server
-from services.hotpath import Answer, Endpoint, Front, Request
+from services.hotpath import Answer, Endpoint, Front, Request, Stream
 from services.transport import Transport, Unreachable
 from tests.services import harness
 
@@ -272,3 +272,95 @@ async def test_a_connection_that_goes_quiet_is_cut(first: bytes, monkeypatch: py
         writer.close()
         async with Transport() as http:
             assert (await http.post(f"{url}/v2/models/m/infer", b"on", {}, 5.0)).body == b"no"
+
+
+# --- answers that come in pieces ------------------------------------------------------------------------------------------
+
+
+class Stage:
+    """An endpoint whose answers come in pieces that the test puts in."""
+
+    def __init__(self) -> None:
+        self.pieces: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
+        self.closed = asyncio.Event()
+        self.front = Front(FastAPI())
+        self.front.open(Endpoint(self.work, body_limit=LIMIT))
+
+    async def work(self, request: Request) -> Stream | Answer:
+        if request.body == b"whole":
+            return Answer(200, [], b"whole")
+        return Stream(200, [(b"x-kind", b"stream")], self.made())
+
+    async def made(self) -> AsyncGenerator[bytes]:
+        try:
+            while (piece := await self.pieces.get()) is not None:
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+        finally:
+            self.closed.set()
+
+
+async def chunk_of(reader: asyncio.StreamReader) -> bytes:
+    size = int(await reader.readuntil(b"\r\n"), 16)
+    return (await reader.readexactly(size + 2))[:-2]
+
+
+async def test_pieces_are_sent_when_they_come_and_the_connection_goes_on() -> None:
+    stage = Stage()
+    async with harness.serving(stage.front) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(post(b"stream") + post(b"whole"))
+        stage.pieces.put_nowait(b"one")
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert b"transfer-encoding: chunked" in head
+        assert b"x-kind: stream" in head
+        assert await chunk_of(reader) == b"one"
+        stage.pieces.put_nowait(b"two")
+        assert await chunk_of(reader) == b"two"
+        stage.pieces.put_nowait(None)
+        assert await chunk_of(reader) == b""
+        assert (await read_answer(reader))[2] == b"whole"
+        assert stage.closed.is_set()
+        writer.close()
+
+
+async def test_a_client_that_leaves_closes_the_pieces() -> None:
+    stage = Stage()
+    async with harness.serving(stage.front) as url:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(post(b"stream"))
+        stage.pieces.put_nowait(b"one")
+        await asyncio.sleep(0)
+        writer.close()
+        async with asyncio.timeout(5):
+            await stage.closed.wait()
+
+
+async def test_a_stream_that_fails_is_cut_and_not_ended(caplog: pytest.LogCaptureFixture) -> None:
+    stage = Stage()
+    async with harness.serving(stage.front) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(post(b"stream"))
+        stage.pieces.put_nowait(b"one")
+        await reader.readuntil(b"\r\n\r\n")
+        assert await chunk_of(reader) == b"one"
+        stage.pieces.put_nowait(ZeroDivisionError("a secret"))
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await chunk_of(reader)
+        writer.close()
+    assert "a streamed answer failed" in caplog.text
+
+
+async def test_an_old_client_gets_the_pieces_until_the_connection_closes() -> None:
+    stage = Stage()
+    async with harness.serving(stage.front) as url:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(post(b"stream", version="1.0"))
+        for piece in (b"one", b"two", None):
+            stage.pieces.put_nowait(piece)
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert body == b"onetwo"
+        assert b"connection: close" in head
+        writer.close()

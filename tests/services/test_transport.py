@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services import transport
-from services.transport import TimedOut, Transport, Unreachable
+from services.transport import HttpAnswer, StreamedAnswer, TimedOut, Transport, Unreachable
 
 Conversation = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nx-Name: value\r\n\r\nhi"
@@ -156,3 +156,140 @@ async def test_closing_the_transport_ends_what_waits() -> None:
             await asked.wait()
         with pytest.raises(Unreachable):
             await call
+
+
+# --- answers that come in pieces ------------------------------------------------------------------------------------------
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def begun(http: Transport, url: str) -> StreamedAnswer:
+    answer = await http.stream(url, (b"ask",), {}, 5.0)
+    assert isinstance(answer, StreamedAnswer)
+    return answer
+
+
+async def test_a_stream_is_read_as_it_comes_and_its_connection_kept() -> None:
+    step = asyncio.Event()
+    connections = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        for _ in range(2):
+            await request(reader)
+            writer.write(CHUNKED + chunk(b"one"))
+            await step.wait()
+            step.clear()
+            writer.write(chunk(b"two") + b"0\r\n\r\n")
+
+    async with server(talk) as url, Transport() as http:
+        for _ in range(2):
+            answer = await begun(http, url)
+            assert await answer.read(5.0) == b"one"
+            step.set()
+            assert await answer.read(5.0) == b"two"
+            assert await answer.read(5.0) == b""
+            answer.close()
+            answer.close()
+            assert len({*map(id, *http._idle.values())}) == len(*http._idle.values()) == 1
+    assert connections == 1
+
+
+async def test_an_answer_that_is_no_200_is_an_ordinary_one() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(b"HTTP/1.1 504 Gateway Timeout\r\ncontent-length: 4\r\n\r\nla")
+        writer.write(b"te")
+
+    async with server(talk) as url, Transport() as http:
+        answer = await http.stream(url, (b"ask",), {}, 5.0)
+        assert isinstance(answer, HttpAnswer)
+        assert (answer.status, answer.body) == (504, b"late")
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "words"),
+    [
+        (b"", TimedOut, "no answer within"),
+        (b"HTTP/1.1 200", Unreachable, "closed"),
+        (b"nonsense\r\n", Unreachable, "not HTTP"),
+    ],
+)
+async def test_a_stream_that_does_not_begin(sent: bytes, error: type[Exception], words: str) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        if sent:
+            writer.write(sent)
+        else:
+            await reader.read()
+
+    async with server(talk) as url, Transport() as http:
+        with pytest.raises(error, match=words):
+            await http.stream(url, (b"ask",), {}, 0.3)
+
+
+async def test_a_stream_that_breaks_or_goes_silent_says_so() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        kind = (await request(reader))[-5:]
+        writer.write(CHUNKED + chunk(b"one"))
+        if kind == b"break":
+            await writer.drain()
+        else:
+            await reader.read()
+
+    async with server(talk) as url, Transport() as http:
+        for body, error in ((b"break", Unreachable), (b"quiet", TimedOut)):
+            answer = await http.stream(url, (body,), {}, 5.0)
+            assert isinstance(answer, StreamedAnswer)
+            assert await answer.read(5.0) == b"one"
+            with pytest.raises(error):
+                await answer.read(0.2)
+            answer.close()
+
+
+async def test_closing_a_stream_early_tells_the_other_side() -> None:
+    left = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(CHUNKED + chunk(b"one"))
+        await reader.read()
+        left.set()
+
+    async with server(talk) as url, Transport() as http:
+        answer = await begun(http, url)
+        answer.close()
+        async with asyncio.timeout(5):
+            await left.wait()
+
+
+async def test_what_nobody_reads_is_left_to_the_sender() -> None:
+    sent = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await request(reader)
+        writer.write(CHUNKED)
+        for _ in range(400):
+            writer.write(chunk(b"x" * 100_000))
+            await writer.drain()
+            sent += 1
+        writer.write(b"0\r\n\r\n")
+
+    async with server(talk) as url, Transport() as http:
+        answer = await begun(http, url)
+        before = -1
+        while sent != before:
+            before = sent
+            await asyncio.sleep(0.1)  # nothing else tells that the sender has come to a halt
+        assert sent < 200
+        size = 0
+        while piece := await answer.read(5.0):
+            size += len(piece)
+        answer.close()
+        assert size == 400 * 100_000

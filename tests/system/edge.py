@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import psutil
@@ -274,8 +274,11 @@ def until(condition: Callable[[], bool], what: str, limit_s: float = PATIENCE_S)
         time.sleep(0.02)
 
 
+Some = TypeVar("Some", bound=Edge)
+
+
 @contextlib.contextmanager
-def running(edge: Edge) -> Iterator[Edge]:
+def running(edge: Some) -> Iterator[Some]:
     """The testbed, up; afterwards it is taken down, and nothing of it is left."""
     try:
         edge.up()

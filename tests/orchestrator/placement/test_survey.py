@@ -38,6 +38,15 @@ def test_light_stages_become_delay_on_the_edges_around_the_core() -> None:
     assert (demand.rate, demand.deadline_s, demand.entry) == (20.0, 0.3, {"edge-1": 1.0})
 
 
+def test_the_parts_of_a_decoder_are_visited_with_its_first() -> None:
+    stages = {name: MANIFEST.stage(name) for name in ("tokenise", "encode", "pool")} | {"more": MANIFEST.stage("encode")}
+    steps = tuple(step.model_copy(update={"parts": ("more",)}) if step.id == "encode" else step for step in EMBED.steps)
+    pipeline = EMBED.model_copy(update={"steps": steps})
+    demand = demand_of(pipeline, 20.0, "edge-1", stages, {"tokenise": 0.002, "encode": 0.02, "pool": 0.003, "more": 0.02})
+    assert [(v.id, v.service) for v in demand.visits] == [("encode", "encode"), ("encode in more", "more")]
+    assert ("encode", "encode in more") in [(e.source, e.target) for e in demand.edges]
+
+
 @pytest.mark.parametrize(
     ("spec", "rate"),
     [("poisson:20", 20.0), ("constant:10", 10.0), ("gamma:20,cv2=4", 20.0), ("mmpp:5@8s,40@2s", 12.0),

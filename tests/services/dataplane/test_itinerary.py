@@ -16,6 +16,7 @@ from services.dataplane.itinerary import (
     MAX_HOPS,
     TOTAL_HEADER,
     Candidate,
+    Further,
     Hop,
     from_parameter,
     headers,
@@ -49,6 +50,9 @@ _hops = st.builds(
     take=st.dictionaries(_texts, _texts, max_size=3),
     keep=st.lists(_texts, max_size=3).map(tuple),
     reserve_s=st.floats(0, 600),
+    parts=st.lists(
+        st.builds(Further, _texts, st.lists(st.builds(Candidate, _texts, _texts), max_size=2).map(tuple)), max_size=2
+    ).map(tuple),
 )
 
 
@@ -57,6 +61,7 @@ _hops = st.builds(
 def test_any_itinerary_survives_the_wire(hops: list[Hop]) -> None:
     arrived = from_parameter(orjson.loads(orjson.dumps(to_parameter(tuple(hops)))))
     assert [(h.step, h.service, h.take, h.keep) for h in arrived] == [(h.step, h.service, h.take, h.keep) for h in hops]
+    assert [h.parts for h in arrived] == [h.parts for h in hops]
     assert [h.candidates for h in arrived] == [(), *(h.candidates for h in hops[1:])]
     assert [h.reserve_s for h in arrived] == pytest.approx([h.reserve_s for h in hops], abs=1e-6)
 
@@ -149,3 +154,9 @@ def test_reports_travel_in_headers_and_the_way_is_what_the_next_hop_did_not_see(
 def test_a_header_of_nonsense_is_a_value_error(value: str | None) -> None:
     with pytest.raises(ValueError, match=r".*"):
         read_header(value)
+
+
+@pytest.mark.parametrize("parts", [7, [7], [["a"]], [["a", [["b"]]]], [["a", [["b", 1]]]], [[1, []]]])
+def test_parts_that_no_gateway_wrote_are_refused(parts: Any) -> None:
+    with pytest.raises(BadRequest, match="malformed"):
+        from_parameter([{**GOOD[0], "parts": parts}])

@@ -76,6 +76,34 @@ def test_sizes_tried(sentence: str, tensors: tuple[TensorSpec, ...], short: dict
     assert law.mean_s(SHORT) > 0
 
 
+class Heavy(Recorder):
+    """As `Recorder`, for the worker's threads."""
+
+    inline = False
+
+
+class Album(Heavy):
+    """As `Heavy`, and it takes nothing but its own pictures."""
+
+    def example(self, items: int) -> dict[str, Array]:
+        pictures = np.empty(items, dtype=object)
+        pictures[:] = b"picture"
+        return {"image": pictures}
+
+
+def test_a_heavy_stage_that_knows_only_batches_is_tried_on_one_item_and_on_two() -> None:
+    recorder = Heavy()
+    warm_up(spec(tensor("pixels", "FP32", "batch", 3, 2, 2)), recorder, {})
+    assert [inputs["pixels"].shape[0] for inputs in recorder.inputs] == [1] * (RUNS + 1) + [2] * (RUNS + 1)
+
+
+def test_what_cannot_be_made_up_comes_from_the_processor_and_the_rest_is_made_up() -> None:
+    album = Album()
+    warm_up(spec(tensor("image", "BYTES", "batch"), tensor("scale", "FP32", "batch")), album, {})
+    assert [inputs["image"].tolist() for inputs in album.inputs[:: RUNS + 1]] == [[b"picture"], [b"picture"] * 2]
+    assert [inputs["scale"].tolist() for inputs in album.inputs[:: RUNS + 1]] == [[1], [1, 1]]
+
+
 @pytest.mark.parametrize("datatype", list(DTYPES))
 def test_inputs_are_of_their_type_and_not_nothing(datatype: str) -> None:
     recorder = Recorder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from models.manifest import ManifestError, ModelFile, StageSpec, TensorSpec
 from services.dataplane.errors import BadRequest, TooLarge
 from services.dataplane.wire import Array
 from services.stage.processors import Processor, open_processor
+from tests.services.stage.processors.theirs import transformers
 
 MAX_TOKENS = 16
 CORPUS = ["the quick brown fox jumps over the lazy dog", "an espalier is a tree trained along a fixed frame", "été"] * 4
@@ -70,10 +74,11 @@ def tokenise(tokenizer_file: Path) -> Processor:
     return open_on(tokenizer_file)
 
 
-def run(processor: Processor, *texts: str | bytes) -> dict[str, Array]:
+def run(processor: Processor, *texts: str | bytes, special: Sequence[int] | None = None) -> dict[str, Array]:
     array = np.empty(len(texts), dtype=object)
     array[:] = [text.encode() if isinstance(text, str) else text for text in texts]
-    return processor.run({"text": array})
+    further = {} if special is None else {"add_special_tokens": np.array(special, np.int64)}
+    return processor.run({"text": array, **further})
 
 
 def test_texts_are_padded_to_the_longest_with_the_models_own_padding(tokenise: Processor) -> None:
@@ -142,6 +147,75 @@ def test_a_refusal_leaves_the_stage_as_it_was(tokenise: Processor) -> None:
     with pytest.raises(BadRequest):
         run(tokenise, "dog " * 40)
     assert run(tokenise, "the lazy dog")["input_ids"].tolist() == before
+
+
+def test_each_text_says_whether_the_tokenizer_adds_its_special_tokens(tokenise: Processor, tokenizer_file: Path) -> None:
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
+    texts, special = ("dog", "the lazy dog", "fox"), (0, 1, 0)
+    outputs = run(tokenise, *texts, special=special)
+    expected = [reference.encode(text, add_special_tokens=bool(add)) for text, add in zip(texts, special, strict=True)]
+    rows = zip(outputs["input_ids"], outputs["token_count"], strict=True)
+    assert [ids[:count].tolist() for ids, count in rows] == expected
+    assert outputs["token_count"].tolist() == [1, 5, 1]
+    assert outputs["attention_mask"].tolist() == [[1, 0, 0, 0, 0], [1] * 5, [1, 0, 0, 0, 0]]
+
+
+def test_a_text_without_any_token_is_refused(tokenise: Processor) -> None:
+    with pytest.raises(BadRequest, match="text 1 has no tokens; the model takes at least one: write something"):
+        run(tokenise, "dog", "", special=[0, 0])
+
+
+def test_a_tokenizer_that_cannot_be_read_does_not_open(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(ManifestError, match=r"tokenizer\.json: no tokenizer \(.*\); export the model again"):
+        open_on(tmp_path / "tokenizer.json")
+
+
+# --- a text that names an image ------------------------------------------------------------------------------------------
+
+PATCHES = 6
+
+
+@pytest.fixture(scope="module")
+def with_image(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Processor, Any]:
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.add_special_tokens(["<image>"])
+    path = tmp_path_factory.mktemp("with_image") / "tokenizer.json"
+    tokenizer.save(str(path))
+    image = {"id": tokenizer.token_to_id("<image>"), "count": PATCHES}
+    return open_on(path, image_token=image), transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("text", ["<image>", "<image> the dog", "the <image>dog", "dog\n<image>", "no picture"])
+def test_an_image_becomes_as_many_tokens_as_llavas_processor_makes_of_it(text: str, with_image: tuple[Processor, Any]) -> None:
+    tokenise, tokenizer = with_image
+    # Patches of 4 x 4 pixels, and the class token that the strategy `default` leaves out again.
+    processor = transformers.LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 8}),
+        tokenizer=tokenizer,
+        patch_size=4,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )
+    pictures = [Image.new("RGB", (20, 20))] if "<image>" in text else None
+    expected = processor(images=pictures, text=text)["input_ids"]
+    outputs = run(tokenise, text)
+    assert outputs["input_ids"].tolist() == [list(expected[0])]
+    assert outputs["token_count"].tolist() == [len(expected[0])]
+
+
+def test_two_images_in_a_text_are_refused(with_image: tuple[Processor, Any]) -> None:
+    with pytest.raises(BadRequest, match="text 1 names 2 images; the model takes one with each text: name it once"):
+        run(with_image[0], "<image>", "<image><image>")
+
+
+def test_the_models_limit_counts_the_images_tokens(with_image: tuple[Processor, Any]) -> None:
+    tokenise, _ = with_image
+    assert run(tokenise, "<image>" + "dog " * (MAX_TOKENS - 2 - PATCHES))["token_count"].tolist() == [MAX_TOKENS]
+    with pytest.raises(BadRequest, match="text 0 has 17 tokens; the model takes 16"):
+        run(tokenise, "<image>" + "dog " * (MAX_TOKENS - 1 - PATCHES))
 
 
 def test_it_says_what_it_takes(tokenise: Processor) -> None:
