@@ -1,7 +1,7 @@
 """What is special to one way of running replicas, as the keeper (`runtimes.keeper`) sees it: a driver with a few verbs.
 
 A driver starts one replica, finds those a predecessor left, and clears away what remains of one that has ended. When to do
-which is the keeper's business alone. Drivers: `processes` and `engine`.
+which is the keeper's business alone. Drivers: `processes`, `engine` and `swarm`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from orchestrator.runtimes.records import Record
 
@@ -44,6 +44,10 @@ class Launch:
         return hashlib.sha256(json.dumps([shared, *parts], sort_keys=True).encode()).hexdigest()
 
 
+Absence = Literal["down", "leaving"]
+"""Why nothing may be started on a node: it is not there, or what it has is to go elsewhere."""
+
+
 class Handle(Protocol):
     """One live replica and the event of its end."""
 
@@ -71,8 +75,11 @@ class Listener(Protocol):
     def moved(self, replica: str, url: str) -> None:
         """A replica has another address now."""
 
+    def ending(self, replica: str) -> None:
+        """Somebody else has told a replica to end; it finishes what it has."""
+
     def changed(self) -> None:
-        """`problem` or what `specification` gives has changed."""
+        """`problem`, `absent` or what `specification` gives has changed."""
 
 
 class Driver(Protocol):
@@ -81,6 +88,9 @@ class Driver(Protocol):
     @property
     def problem(self) -> str | None:
         """Why nothing can be started or stopped now, as a sentence; None when all is well."""
+
+    def absent(self, node: str) -> Absence | None:
+        """Why nothing may be started on a node now; None where it may. Replicas on one that is down have ended."""
 
     def specification(self, launch: Launch) -> str:
         """What a replica started now would be: one started as something else is outdated."""

@@ -16,11 +16,12 @@ from typing import TypeVar
 
 from orchestrator.errors import SetupFailed
 from orchestrator.runtimes import containers
+from orchestrator.runtimes.chosen import Chosen, missing, unless_hidden
 from orchestrator.runtimes.containers import EngineOptions, Marks, Seen
-from orchestrator.runtimes.driver import Handle, Launch, Listener, StartFailed, Unreachable
+from orchestrator.runtimes.driver import Absence, Handle, Launch, Listener, StartFailed, Unreachable
 from orchestrator.runtimes.engine_api import OLDEST_API, EngineApi, Event, Refused, version_key
 from orchestrator.runtimes.pins import Pins
-from orchestrator.runtimes.records import SHORT_ID, Record
+from orchestrator.runtimes.records import BLANK, SHORT_ID, Record
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,6 @@ KEPT_LINES = 200
 """Lines of a container's output that are kept in its log file when it has ended."""
 TOLD_LINES = 20
 """Lines of it that are told in our own log when it ended unasked."""
-BLANK = Record(id="", kind="stage", service="", node="", specification="")
-"""Stands for any replica, where only what all of them share matters."""
 
 T = TypeVar("T")
 
@@ -83,10 +82,9 @@ class Engine:
 
     def __init__(self, options: EngineOptions, pins: Pins) -> None:
         self._options = options
-        self._pins = pins
         self._api = EngineApi(options.url)
+        self._images = Chosen(options, pins, self._api)
         self._label = f"{containers.SCOPE}={options.scope}"
-        self._has_news = False
         self._listener: Listener | None = None
         self._containers: dict[str, Container] = {}
         """By id; from their creation until nothing remains of them."""
@@ -102,7 +100,7 @@ class Engine:
 
     def specification(self, launch: Launch) -> str:
         """See `Driver`: the id of the image and everything in the container's description that replicas share."""
-        return launch.specification(containers.body(self._options, BLANK, launch, self._image(launch) or ""))
+        return launch.specification(containers.body(self._options, BLANK, launch, self._images.image(launch) or ""))
 
     # --- beginning and end -------------------------------------------------------------------------------------------------
 
@@ -137,27 +135,28 @@ class Engine:
             await asyncio.gather(self._watching, return_exceptions=True)
         self._api.close()
 
+    def absent(self, node: str) -> Absence | None:
+        """See `Driver`: every node is a share of the engine's machine."""
+        return None
+
     @property
     def has_news(self) -> bool:
-        """See `Driver`: a name stood for another image than the pinned one, when it was looked at."""
-        return self._has_news
+        """See `Driver`."""
+        return self._images.has_news
 
     async def refresh(self) -> None:
         """See `Driver`: use what the names of the images stand for now."""
-        for name in (self._options.image, self._options.gpu_image):
-            with contextlib.suppress(Refused, Unreachable):
-                if (image := await self._api.image(name)) is not None:
-                    self._pins.try_out(name, image)
+        await self._images.refresh()
         self._changed()
 
     def revert(self) -> None:
         """See `Driver`: back to the images before."""
-        self._pins.give_up()
+        self._images.revert()
         self._changed()
 
     def keep(self) -> None:
         """See `Driver`."""
-        self._pins.keep()
+        self._images.keep()
 
     async def _check(self) -> None:
         options = self._options
@@ -167,42 +166,16 @@ class Engine:
                 f"the engine at {self._api.url} speaks version {version} of its API, and {OLDEST_API} is needed: "
                 "install Docker Engine 20.10 or later"
             )
-        await self._pin(options.image)
-        with contextlib.suppress(Refused, SetupFailed):  # only services that ask for GPUs need it; their starts will tell
-            await self._pin(options.gpu_image)
-        if not await self._unless_hidden(self._api.has_network(options.network)):
+        await self._images.check()
+        if not await unless_hidden(self._api.has_network(options.network)):
             raise SetupFailed(
                 f"there is no network {options.network} on this engine: docker compose up makes it, or "
                 f"docker network create {options.network}"
             )
-        if not options.binds and not await self._unless_hidden(self._api.has_volume(options.models)):
+        if not options.binds and not await unless_hidden(self._api.has_volume(options.models)):
             raise SetupFailed(
                 f"there is no volume {options.models} on this engine: docker compose up exports the models into it"
             )
-
-    async def _unless_hidden(self, there: Awaitable[bool]) -> bool:
-        """What the engine says; yes where the proxy before it hides such things, and then the first start will tell."""
-        try:
-            return await there
-        except Refused as refused:
-            if refused.status == 403:
-                return True
-            raise
-
-    async def _pin(self, name: str) -> None:
-        """Find the image to use for a name: the pinned one where the engine still has it, else what the name stands for."""
-        pinned = self._pins.image(name)
-        there = pinned is not None and await self._unless_hidden(self._api.has_image(pinned))
-        current = await self._api.image(name)
-        if current is None and not there:
-            raise SetupFailed(_no_image(name))
-        if current is not None and not there:
-            self._pins.set(name, current)
-        elif current is not None:
-            self._has_news = self._has_news or self._pins.is_news(name, current)
-
-    def _image(self, launch: Launch) -> str | None:
-        return self._pins.image(self._options.image_for(launch))
 
     async def _take_up(self, seen: Seen, marks: Marks) -> tuple[Record, Handle]:
         document = await self._api.inspect(seen.id)
@@ -220,10 +193,10 @@ class Engine:
         self._creating.add(name)
         try:
             async with self._starts:
-                _begin_log(output)
-                image = self._image(launch)
+                begin_log(output)
+                image = self._images.image(launch)
                 if image is None:
-                    raise StartFailed(_no_image(self._options.image_for(launch)))
+                    raise StartFailed(missing(self._options.image_for(launch)))
                 record = record.model_copy(update={"specification": self.specification(launch)})
                 container = await self._asked(self._api.create(name, containers.body(self._options, record, launch, image)))
                 handle = self._register(container, record.id, "")
@@ -255,7 +228,7 @@ class Engine:
         for handle in [handle for handle in self._containers.values() if handle.replica == replica]:
             try:
                 text = await self._asked(self._api.last_lines(handle.id, KEPT_LINES))
-                _keep_log(output, text)
+                keep_log(output, text)
                 if unasked:
                     await self._tell(handle, text)
                 await self._asked(self._api.remove(handle.id))
@@ -437,19 +410,16 @@ def _setting_up() -> Iterator[None]:
         raise SetupFailed(f"the engine refuses what is needed of it: {refused}") from None
 
 
-def _no_image(name: str) -> str:
-    return f"image {name} is not on this engine: build it first (docker compose build)"
-
-
-def _begin_log(path: Path) -> None:
+def begin_log(path: Path) -> None:
     """Leave a file for every replica that ever was, so that its name is not used again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
 
 
-def _keep_log(path: Path, text: str) -> None:
+def keep_log(path: Path, text: str) -> None:
+    """Append to the log file of a replica what its container wrote."""
     try:
-        _begin_log(path)
+        begin_log(path)
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:

@@ -23,7 +23,7 @@ import httpx
 from orchestrator.core import Node, Placement, Replica, Service
 from orchestrator.errors import Infeasible, UsageError
 from orchestrator.runtimes.backoff import Backoff
-from orchestrator.runtimes.driver import Driver, Handle, Launch, StartFailed, Unreachable
+from orchestrator.runtimes.driver import Absence, Driver, Handle, Launch, StartFailed, Unreachable
 from orchestrator.runtimes.reconcile import EPSILON, Change, Start, Step, reconcile
 from orchestrator.runtimes.records import Record, Records
 from services.dataplane.routes import ReplicaState
@@ -212,6 +212,21 @@ class Keeper:
         """Go on using it."""
         self._driver.keep()
 
+    # --- nodes that are not to be counted on -------------------------------------------------------------------------------
+
+    @property
+    def nodes_down(self) -> frozenset[str]:
+        """Nodes that are not there; what ran on them has ended."""
+        return self._absent("down")
+
+    @property
+    def nodes_leaving(self) -> frozenset[str]:
+        """Nodes that are to be emptied: what runs there serves until it is no longer wanted, and nothing is started."""
+        return self._absent("leaving")
+
+    def _absent(self, *why: Absence) -> frozenset[str]:
+        return frozenset(node for node in self._nodes if self._driver.absent(node) in why)
+
     # --- what a status shows ----------------------------------------------------------------------------------------------
 
     @property
@@ -324,6 +339,16 @@ class Keeper:
             self._save(member, member.record.model_copy(update={"url": url}))
             self._publish()
 
+    def ending(self, replica: str) -> None:
+        """Somebody else has told a replica to end: it is no longer routed to, and its end is no failure."""
+        member = self._members.get(replica)
+        if member is None or member.record.state == "draining":
+            return
+        log.warning("%s: told to end by somebody else", replica)
+        self._set(member, "draining")
+        self._background(self._drain(member))
+        self.changed()
+
     def _start_missing(self) -> None:
         """Start what the plan of this moment wants started."""
         self._starting = None
@@ -340,6 +365,7 @@ class Keeper:
             return ()
         t = self._now()
         blocked = [place for place, backoff in self._backoffs.items() if backoff.until > t]
+        blocked += [(service, node) for node in self._absent("down", "leaving") for service in self._services]
         out: dict[str, Counter[str]] = {}
         for replica in self._let_out:
             record = self._members[replica].record

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.runtimes import child as children
-from orchestrator.runtimes.driver import Handle, Launch, Listener, StartFailed
+from orchestrator.runtimes.driver import Absence, Handle, Launch, Listener, StartFailed
 from orchestrator.runtimes.records import Record
 
 HOST = "127.0.0.1"
@@ -63,6 +63,10 @@ class Processes:
 
     async def discard(self, replica: str, output: Path, *, unasked: bool) -> None:
         """See `Driver`; nothing remains of a process but its log."""
+
+    def absent(self, node: str) -> Absence | None:
+        """See `Driver`: every node is a share of this machine."""
+        return None
 
     has_news = False
     """The program is what it is."""

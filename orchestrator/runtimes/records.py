@@ -21,7 +21,7 @@ from services.dataplane.routes import ReplicaState
 log = logging.getLogger(__name__)
 
 SHORT_ID = 12
-"""Characters of a container's id that Docker's own tools show."""
+"""Characters of a container's or task's id that Docker's own tools show."""
 
 
 class Record(Document):
@@ -48,6 +48,8 @@ class Record(Document):
     argv: tuple[str, ...] = ()
     container: str | None = None
     """The id of a container."""
+    task: str | None = None
+    """The id of a task of a Swarm."""
 
     @property
     def identity(self) -> Identity | None:
@@ -56,14 +58,20 @@ class Record(Document):
 
     @property
     def runs_as(self) -> dict[str, int | str]:
-        """What a person finds it by: its process, or its container; empty while it is being started."""
+        """What a person finds it by: its process, its container, or its task; empty while it is being started."""
         if self.container is not None:
             return {"container": self.container[:SHORT_ID]}
+        if self.task is not None:
+            return {"task": self.task[:SHORT_ID]}
         return {} if self.pid is None else {"pid": self.pid}
 
     def is_same_as(self, other: Record) -> bool:
-        """Whether both describe one and the same process or container."""
-        return (self.id, self.identity, self.container) == (other.id, other.identity, other.container)
+        """Whether both describe one and the same process, container or task."""
+        return (self.id, self.identity, self.container, self.task) == (other.id, other.identity, other.container, other.task)
+
+
+BLANK = Record(id="", kind="stage", service="", node="", specification="")
+"""Stands for any replica, where only what all of them share matters."""
 
 
 class Records:
