@@ -25,6 +25,7 @@ from orchestrator import bench as benches
 from orchestrator import bundle as bundles
 from orchestrator import client as clients
 from orchestrator import display, facts, lifecycle, units
+from orchestrator import render as renders
 from orchestrator import replay as replays
 from orchestrator import testbed as testbeds
 from orchestrator.errors import EspalierError, TestbedInvalid
@@ -528,6 +529,32 @@ def plan(
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+@main.group()
+def render() -> None:
+    """Files for other tools, made from a testbed."""
+
+
+@render.command("stack")
+@_testbed_file
+@click.option("--name", help="Of the stack [default: the testbed's].")
+@click.option("--tag", help="Of the images [default: this version].")
+@click.option("--models", help="Directory with exported models, the same on every box [default: volume NAME_models of each].")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write [default: stdout].")
+def render_stack(testbed: Path, name: str | None, tag: str | None, models: str | None, out: Path | None) -> None:
+    """A stack file for `docker stack deploy`: what stays of TESTBED on a Docker Swarm; its orchestrator makes the stages."""
+    loaded = testbeds.load(testbed)
+    # The client looks for the testbed from where the stack file lies; on stdin, from where it is called.
+    beside = os.path.relpath(testbed, out.parent if out is not None else Path())
+    options = renders.Options(
+        name or loaded.testbed.name, beside if beside.startswith("..") else f"./{beside}", tag or renders.VERSION, models
+    )
+    text = renders.stack(loaded, options)
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        _write(out, text)
 
 
 # --- simulation -----------------------------------------------------------------------------------------------------------

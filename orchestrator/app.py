@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from orchestrator.errors import Conflict, EspalierError, Infeasible, UsageError
+from orchestrator.routes import Caller
 from services.dataplane.document import Document
 from services.dataplane.routes import Routes
 
@@ -69,7 +70,7 @@ class Controls(Protocol):
     def targets(self) -> list[dict[str, Any]]:
         """The document of `GET /v1/targets`."""
 
-    async def routes(self, after: int, wait_s: float, gateway: str | None) -> Routes | None:
+    async def routes(self, after: int, wait_s: float, gateway: Caller | None) -> Routes | None:
         """The routes as soon as their version is not `after`; None when `wait_s` passed first."""
 
     def scale(self, service: str, replicas: int | None, standby: int | None) -> None:
@@ -106,11 +107,15 @@ def build(controls: Controls) -> FastAPI:
 
     @app.get("/v1/routes")
     async def routes(
+        request: Request,
         after: Annotated[int, Query(ge=0)] = 0,
         wait: Annotated[float, Query(ge=0, le=60)] = 0.0,
         gateway: Annotated[str | None, Query(max_length=128)] = None,
+        node: Annotated[str, Query(max_length=128)] = "",
+        port: Annotated[int | None, Query(ge=1, le=65535)] = None,
     ) -> Response:
-        found = await controls.routes(after, wait, gateway)
+        caller = None if gateway is None else Caller(gateway, node, _address(request, port))
+        found = await controls.routes(after, wait, caller)
         if found is None:
             return Response(status_code=304)
         return Response(found.model_dump_json(), media_type="application/json")
@@ -157,3 +162,11 @@ def build(controls: Controls) -> FastAPI:
         return JSONResponse({"live": True})
 
     return app
+
+
+def _address(request: Request, port: int | None) -> str:
+    """Where who asks can be reached: a container knows its port, and not the address that others see it under."""
+    if port is None or request.client is None:
+        return ""
+    host = request.client.host
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

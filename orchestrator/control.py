@@ -21,16 +21,16 @@ from orchestrator import testbed as testbeds
 from orchestrator.core import Placement, Target
 from orchestrator.decision_log import DecisionLog, Origin
 from orchestrator.errors import Conflict, EspalierError, UsageError
+from orchestrator.gateways import Gateways
 from orchestrator.given_gateway import GivenGateway
 from orchestrator.metrics import Metrics
 from orchestrator.orders import Orders
 from orchestrator.plan import Plan
 from orchestrator.rollout import Progress, Rollout, Standing
-from orchestrator.routes import Publisher
+from orchestrator.routes import Caller, Publisher
 from orchestrator.runner import Runner
 from orchestrator.runtimes import child as children
 from orchestrator.runtimes.containers import EngineOptions
-from orchestrator.runtimes.doorkeeper import NAME as GATEWAY_NAME
 from orchestrator.runtimes.doorkeeper import Door, Doorkeeper
 from orchestrator.runtimes.driver import Launch
 from orchestrator.runtimes.engine import Engine
@@ -41,7 +41,6 @@ from orchestrator.scaling.manual import running
 from orchestrator.state_dir import StateDir
 from orchestrator.telemetry import sources, targets
 from orchestrator.telemetry.live import Live
-from orchestrator.telemetry.sources import Endpoint
 from orchestrator.testbed import Loaded, Testbed
 from services.dataplane import fusing
 from services.dataplane.routes import Routes
@@ -49,6 +48,7 @@ from services.dataplane.routes import Routes
 log = logging.getLogger(__name__)
 
 STAGE_MODULE, GATEWAY_MODULE = "services.stage", "services.gateway"
+ANNOUNCED = "announced"
 ROOT = Path(__file__).resolve().parents[1]
 """Where the package lies, for the processes we start."""
 
@@ -63,7 +63,7 @@ class Settings:
     stage_module: str = STAGE_MODULE
     gateway_module: str = GATEWAY_MODULE
     gateway_url: str | None = None
-    """A gateway that somebody else keeps running; None: we keep one ourselves, as a process."""
+    """A gateway that somebody else keeps running; `ANNOUNCED`: those that ask for the routes; None: one that we keep."""
     engine: EngineOptions | None = None
     """Replicas are containers of this engine; None: processes of this machine."""
     prometheus_url: str | None = None
@@ -85,8 +85,8 @@ class Orchestrator:
         self._policy = plan.policy()
         self._services = plan.services()
         self._runtime = self._make_runtime()
-        self._gateway = self._make_gateway()
-        self._telemetry = Live(self._gateways, settings.prometheus_url, lambda: self._testbed.control.stale_after)
+        self._gateways = Gateways(self._publisher.heard, self._publisher.forget, self._make_gateway())
+        self._telemetry = Live(self._gateways.endpoints, settings.prometheus_url, lambda: self._testbed.control.stale_after)
         self._runner = self._make_runner()
         self._rollout: Rollout | None = None
         self._rolling: asyncio.Task[None] | None = None
@@ -108,7 +108,7 @@ class Orchestrator:
         loop: asyncio.Task[None] | None = None
         try:
             # Before any replica is started: a port that is taken must leave nothing behind.
-            await self._gateway.open()
+            await self._gateways.open()
             loop = asyncio.create_task(self._runner.run())
             if update is None and self._runtime.has_news:
                 update = self._plan.loaded
@@ -125,11 +125,11 @@ class Orchestrator:
     async def _close(self) -> None:
         if self._stop_all:
             log.info("stopping everything")
-            await self._gateway.close()
+            await self._gateways.close()
             await self._runtime.stop_all()
             self._state.clear()
         else:
-            await self._gateway.leave()
+            await self._gateways.leave()
             await self._runtime.leave()
         await self._telemetry.close()
         self._publisher.close()
@@ -141,7 +141,8 @@ class Orchestrator:
 
     async def terminate(self) -> None:
         """We are told to stop: leave what runs to a successor, unless it is all being taken down."""
-        going_down = isinstance(self._gateway, GivenGateway) and not await self._gateway.is_there()
+        kept = self._gateways.kept
+        going_down = isinstance(kept, GivenGateway) and not await kept.is_there()
         if going_down:
             log.info("the gateway is gone, so the whole testbed is being taken down")
         self.end(stop_all=going_down)
@@ -153,7 +154,7 @@ class Orchestrator:
 
     # --- app.Controls ------------------------------------------------------------------------------------------------------
 
-    async def routes(self, after: int, wait_s: float, gateway: str | None) -> Routes | None:
+    async def routes(self, after: int, wait_s: float, gateway: Caller | None) -> Routes | None:
         """See `routes.Publisher.wait_for_news`."""
         return await self._publisher.wait_for_news(after, wait_s, gateway)
 
@@ -271,13 +272,13 @@ class Orchestrator:
 
     def targets(self) -> list[dict[str, Any]]:
         """The document of `GET /v1/targets`."""
-        return targets.document(sources.sampled(self._runtime.replicas()), self._gateways())
+        return targets.document(sources.sampled(self._runtime.replicas()), self._gateways.endpoints())
 
     def status(self) -> dict[str, Any]:
         """The document of `GET /v1/status`."""
         self._runner.account()
         services = {name: self._service_status(name) for name in self._services}
-        gateway = self._gateway.record
+        gateway = self._gateways.record
         decision, cost = self._runner.decision, self._runner.cost
         gateway_ready = gateway is not None and gateway.state == "ready"
         return {
@@ -288,6 +289,7 @@ class Orchestrator:
             "uptime_s": round(time.monotonic() - self._began, 3),
             "version": self._publisher.current.version,
             "gateway": None if gateway is None else {"url": gateway.url, "state": gateway.state, "pid": gateway.pid},
+            "gateways": self._gateways.status(),
             "services": services,
             "pipelines": {name: self._pipeline_status(name) for name in self._testbed.pipelines},
             "update": self._update_status(),
@@ -369,7 +371,9 @@ class Orchestrator:
             surge=control.surge,
         )
 
-    def _make_gateway(self) -> Doorkeeper | GivenGateway:
+    def _make_gateway(self) -> Doorkeeper | GivenGateway | None:
+        if self._settings.gateway_url == ANNOUNCED:
+            return None
         if self._settings.gateway_url is not None:
             return GivenGateway(self._settings.gateway_url)
         gateway = self._testbed.gateway
@@ -423,10 +427,6 @@ class Orchestrator:
             model_sha256=hashlib.sha256(manifest.encode()).hexdigest(),
             generation=self._orders.generation(name),
         )
-
-    def _gateways(self) -> list[Endpoint]:
-        record = self._gateway.record
-        return [Endpoint(GATEWAY_NAME, record.url)] if record is not None and record.state == "ready" else []
 
     def _check_names(self, names: list[str]) -> None:
         for name in names:

@@ -168,7 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--models-dir", type=Path, required=True, help="where the models were exported to")
     parser.add_argument("--host", default=HOST, help="address the control plane listens on")
     parser.add_argument("--port", type=int, default=0, help="its port (default: the testbed's)")
-    parser.add_argument("--gateway", metavar="URL", help="a gateway that somebody else keeps running (default: keep one here)")
+    parser.add_argument(
+        "--gateway",
+        metavar="URL|announced",
+        help="a gateway that somebody else keeps running, or those that ask for the routes (default: keep one here)",
+    )
     parser.add_argument("--prometheus", metavar="URL", help="server to observe through (default: ask every replica itself)")
     parser.add_argument("--runtime", choices=["processes", "engine"], default="processes", help="what replicas are")
     engine = parser.add_argument_group(

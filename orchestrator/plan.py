@@ -95,7 +95,7 @@ class Plan:
                 laws[name] = sites.law_of(worlds.stage(section, services[name], self.manifests[section.model]))
         sizes = {name: float(sum(tensor.bytes_per_item for tensor in self.stage(name).inputs)) for name in services}
         hop_s = site.hop_times(
-            testbed.gateway_node, {name: service.nodes or tuple(testbed.nodes) for name, service in services.items()},
+            testbed.gateway_nodes, {name: service.nodes or tuple(testbed.nodes) for name, service in services.items()},
             testbed.link_table(), sizes, HOP_S,
         )  # fmt: skip
         return Site(

@@ -82,6 +82,17 @@ class Map:
         return links
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A gateway that asks for the routes."""
+
+    name: str
+    node: str = ""
+    """It runs on, as it says."""
+    url: str = ""
+    """Its own address; empty where it does not say on which port it listens."""
+
+
 @dataclass(slots=True)
 class _Gateway:
     applied: int
@@ -97,7 +108,7 @@ class Publisher:
         self._plan = plan
         self._path = path
         self._clock = clock
-        self._gateways: dict[str, _Gateway] = {}
+        self._gateways: dict[Caller, _Gateway] = {}
         self._news = asyncio.Event()
         self._closed = False
         kept = document.load(path)
@@ -138,7 +149,7 @@ class Publisher:
         self._news.set()
         self._news = asyncio.Event()
 
-    async def wait_for_news(self, after: int, wait_s: float, gateway: str | None) -> Routes | None:
+    async def wait_for_news(self, after: int, wait_s: float, gateway: Caller | None) -> Routes | None:
         """The document as soon as its version is not `after`; None when `wait_s` passed without a change."""
         if after > self.current.version:
             # The state directory was lost. Go on above what the gateway has, so that "newer" keeps its meaning.
@@ -156,9 +167,10 @@ class Publisher:
                 poll.heard = self._clock()
         return self.current if self.current.version != after else None
 
-    def _hear(self, gateway: str | None, applied: int) -> _Gateway | None:
+    def _hear(self, gateway: Caller | None, applied: int) -> _Gateway | None:
         if gateway is None:
             return None
+        self._gateways = {caller: known for caller, known in self._gateways.items() if caller == gateway or self._alive(known)}
         known = self._gateways.setdefault(gateway, _Gateway(applied, 0, self._clock()))
         known.applied, known.heard = applied, self._clock()
         known.asking += 1
@@ -176,12 +188,18 @@ class Publisher:
         return True
 
     def _all_have(self, version: int) -> bool:
-        alive = [g for g in self._gateways.values() if g.asking or self._clock() - g.heard < GATEWAY_FORGOTTEN_S]
-        return all(gateway.applied >= version for gateway in alive)
+        return all(gateway.applied >= version for gateway in self._gateways.values() if self._alive(gateway))
 
-    def forget(self, gateway: str) -> None:
-        """A gateway is known to be dead: nobody waits for it."""
-        self._gateways.pop(gateway, None)
+    def _alive(self, gateway: _Gateway) -> bool:
+        return gateway.asking > 0 or self._clock() - gateway.heard < GATEWAY_FORGOTTEN_S
+
+    def heard(self) -> dict[Caller, int]:
+        """The gateways that are alive, as far as their polls tell, and the version each has applied."""
+        return {caller: gateway.applied for caller, gateway in self._gateways.items() if self._alive(gateway)}
+
+    def forget(self, name: str) -> None:
+        """The gateway of that name is known to be dead: nobody waits for it."""
+        self._gateways = {caller: known for caller, known in self._gateways.items() if caller.name != name}
         self._tell()
 
     def close(self) -> None:

@@ -74,8 +74,9 @@ def survey(made: plans.Plan, rates: Mapping[str, float] | None = None, parameter
         raise UsageError("the testbed has no core service, so there is nothing for the program to place")
     hosted = tuple(Hosted(s, times[s.name], 1 / times[s.name], testbed.services[s.name].replicas) for s in core)
     demand = _rates(testbed, rates, assumptions)
+    entry = {node: 1.0 / len(testbed.gateway_nodes) for node in testbed.gateway_nodes}
     demands = [
-        demand_of(made.wiring.pipelines[name], rate, testbed.gateway_node, stages, times)
+        replace(demand_of(made.wiring.pipelines[name], rate, testbed.gateway_node, stages, times), entry=entry)
         for name, rate in demand.items()
         if rate > 0
     ]

@@ -34,6 +34,8 @@ Duration = Annotated[float, BeforeValidator(units.duration_s)]
 Size = Annotated[int, BeforeValidator(units.size_bytes)]
 Bandwidth = Annotated[float, BeforeValidator(units.bytes_per_s)]
 MISSING = "is missing"
+EVERYWHERE = "all"
+"""In place of the gateway's node."""
 PRECISIONS: Mapping[str, Precision] = {"fp32": "float32", "fp16": "float16"}
 """Short names that the command line takes too."""
 
@@ -152,7 +154,7 @@ class GatewaySection(Section):
     """The door of the testbed."""
 
     node: Name | None = None
-    """Where it runs; the first node where none is given."""
+    """Where it runs; the first node where none is given. `all`: on every node, where the runtime has real ones."""
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
     """0: any free one."""
@@ -215,9 +217,16 @@ class Testbed(Section):
     """pipeline -> arrivals, as `loadgen.arrivals` reads them (`poisson:20`, `step:10@20s,30@20s`)."""
 
     @property
+    def gateway_nodes(self) -> tuple[str, ...]:
+        """The nodes with a gateway; tasks are taken to come in evenly over them."""
+        if self.gateway.node == EVERYWHERE and EVERYWHERE not in self.nodes:
+            return tuple(self.nodes)
+        return (self.gateway.node or next(iter(self.nodes)),)
+
+    @property
     def gateway_node(self) -> str:
-        """The node the gateway runs on."""
-        return self.gateway.node or next(iter(self.nodes))
+        """The node the gateway runs on; of several the first."""
+        return self.gateway_nodes[0]
 
     def core_nodes(self) -> tuple[core.Node, ...]:
         """The nodes as the decision modules take them."""
@@ -439,7 +448,7 @@ def _cycle(steps: Sequence[StepSection]) -> list[str]:
 
 def _gateway(testbed: Testbed) -> Iterator[Problem]:
     node = testbed.gateway.node
-    if node is not None and node not in testbed.nodes:
+    if node is not None and node != EVERYWHERE and node not in testbed.nodes:
         yield Problem(("gateway", "node"), f"there is no node {node!r}{did_you_mean(node, testbed.nodes)}")
 
 

@@ -117,7 +117,7 @@ def link_s(here: Sequence[str], there: Sequence[str], links: Mapping[tuple[str, 
 
 
 def hop_times(
-    gateway: str,
+    gateways: Sequence[str],
     homes: Mapping[str, Sequence[str]],
     links: Mapping[tuple[str, str], Link],
     sizes: Mapping[str, float],
@@ -126,7 +126,7 @@ def hop_times(
     """What `promise` asks for.
 
     Args:
-        gateway: its node.
+        gateways: their nodes.
         homes: service -> nodes it may run on.
         links: between nodes.
         sizes: service -> bytes of a request's inputs.
@@ -136,7 +136,7 @@ def hop_times(
 
     def found(service: str, before: str | None) -> float:
         if (service, before) not in known:
-            here = (gateway,) if before is None else homes[before]
+            here = gateways if before is None else homes[before]
             known[service, before] = hop_s + link_s(here, homes[service], links, sizes[service])
         return known[service, before]
 

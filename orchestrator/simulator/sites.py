@@ -22,7 +22,7 @@ def site_of(world: World, targets: Mapping[str, Target], slot_s: float, stale_af
     """
     everywhere = tuple(node.name for node in world.nodes)
     hop_s = site.hop_times(
-        world.gateway_node or everywhere[0],
+        (world.gateway_node or everywhere[0],),
         {name: stage.service.nodes or everywhere for name, stage in world.stages.items()},
         world.links,
         {name: stage.input_bytes for name, stage in world.stages.items()},

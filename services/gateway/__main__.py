@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -19,8 +20,9 @@ def main() -> int:
     gateway = Gateway(
         name=arguments.name,
         node=arguments.node,
-        routes_url=arguments.routes_url,
+        routes_urls=arguments.routes_url,
         routes_file=arguments.routes_file,
+        port=listener.getsockname()[1],
         max_in_flight=arguments.max_in_flight,
     )
     server.serve(
@@ -35,10 +37,17 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m services.gateway", description=__doc__)
-    parser.add_argument("--routes-url", help="where the orchestrator publishes the routes, http://HOST:PORT/v1/routes")
+    parser.add_argument(
+        "--routes-url",
+        action="append",
+        default=[],
+        help="where the orchestrator publishes the routes, http://HOST:PORT/v1/routes; once for each that may lead",
+    )
     parser.add_argument("--routes-file", type=Path, help="copy of the routes, read at start and kept current")
-    parser.add_argument("--name", default="gateway", help="name of this gateway")
-    parser.add_argument("--node", default="local", help="node it runs on, for the links to the replicas")
+    parser.add_argument("--name", default=os.environ.get("ESPALIER_NAME", "gateway"), help="name of this gateway")
+    parser.add_argument(
+        "--node", default=os.environ.get("ESPALIER_NODE", "local"), help="node it runs on, for the links to the replicas"
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080, help="0 takes any that is free")
     parser.add_argument("--fd", type=int, help="an inherited listening socket instead of host and port")

@@ -26,15 +26,15 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 class Announcer:
     """At most one coroutine for each standby; use it inside the event loop, and `close` it at the end."""
 
-    def __init__(self, routes_url: str | None, transport: Transport, refused: Callable[[str, str], None]) -> None:
+    def __init__(self, routes_url: Callable[[], str | None], transport: Transport, refused: Callable[[str, str], None]) -> None:
         """Begin with nothing to tell.
 
         Args:
-            routes_url: where the orchestrator publishes the routes; without one there is nobody to tell.
+            routes_url: where the orchestrator publishes the routes now; without one there is nobody to tell.
             transport: the connections.
             refused: called with service and replica when the orchestrator does not let it out.
         """
-        self._url = None if routes_url is None else urljoin(routes_url, "let-out")
+        self._routes_url = routes_url
         self._transport = transport
         self._refused = refused
         self._telling: dict[tuple[str, str], asyncio.Task[None]] = {}
@@ -42,8 +42,8 @@ class Announcer:
     def tell(self, service: str, replica: str) -> None:
         """A standby has been let out."""
         key = service, replica
-        if self._url is not None and key not in self._telling:
-            task = self._telling[key] = asyncio.ensure_future(self._tell(self._url, service, replica))
+        if self._routes_url() is not None and key not in self._telling:
+            task = self._telling[key] = asyncio.ensure_future(self._tell(service, replica))
             task.add_done_callback(lambda _: self._telling.pop(key, None))
 
     def settle(self, table: Table) -> None:
@@ -63,10 +63,11 @@ class Announcer:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _tell(self, url: str, service: str, replica: str) -> None:
+    async def _tell(self, service: str, replica: str) -> None:
         body = orjson.dumps({"service": service, "replica": replica})
         pause_s = FIRST_PAUSE_S
-        while True:
+        while (routes_url := self._routes_url()) is not None:
+            url = urljoin(routes_url, "let-out")
             try:
                 answer = await self._transport.post(url, body, {"content-type": "application/json"}, ANSWER_S)
             except (Unreachable, TimedOut) as error:

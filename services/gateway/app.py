@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ class Gateway:
         *,
         name: str,
         node: str,
-        routes_url: str | None,
+        routes_urls: Sequence[str] = (),
         routes_file: Path | None,
+        port: int | None = None,
         limits: Limits | None = None,
         max_in_flight: int = 4096,
     ) -> None:
@@ -48,8 +49,7 @@ class Gateway:
         self._book = RouteBook()
         self._service: GatewayService | None = None
         self._announcer: Announcer | None = None
-        self._routes_url = routes_url
-        self.subscription = Subscription(routes_url, routes_file, name, self._changed)
+        self.subscription = Subscription(routes_urls, routes_file, name, self._changed, node=node, port=port)
 
     def _changed(self, table: Table) -> None:
         self._book.forget_all_but(replica.id for service in table.routes.services.values() for replica in service.replicas)
@@ -75,7 +75,7 @@ class Gateway:
     async def running(self) -> AsyncIterator[GatewayService]:
         """Open the connections and follow the routes; undo both on the way out."""
         async with Transport() as transport:
-            announcer = self._announcer = Announcer(self._routes_url, transport, self._refused)
+            announcer = self._announcer = Announcer(lambda: self.subscription.url, transport, self._refused)
             service = GatewayService(
                 self.subscription,
                 transport,

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator import app
 from orchestrator.errors import Conflict, Infeasible, RunFailed, UsageError
+from orchestrator.routes import Caller
 from services.dataplane import routes as document
 from services.dataplane.routes import Routes
 
@@ -29,7 +30,7 @@ class Panel:
     def targets(self) -> list[dict[str, Any]]:
         return [{"targets": ["127.0.0.1:4001"], "labels": {"job": "stage", "replica": "pool-1"}}]
 
-    async def routes(self, after: int, wait_s: float, gateway: str | None) -> Routes | None:
+    async def routes(self, after: int, wait_s: float, gateway: Caller | None) -> Routes | None:
         self.asked.append(("routes", after, wait_s, gateway))
         return self.answer
 
@@ -67,7 +68,10 @@ async def client(panel: Panel) -> AsyncIterator[httpx.AsyncClient]:
 async def test_a_poll_for_routes_is_passed_on_and_answered(panel: Panel, client: httpx.AsyncClient) -> None:
     answer = await client.get("/v1/routes", params={"after": 3, "wait": 1.5, "gateway": "g"})
     assert Routes.model_validate_json(answer.content) == document.empty()
-    assert panel.asked == [("routes", 3, 1.5, "g")]
+    assert panel.asked == [("routes", 3, 1.5, Caller("g"))]
+    panel.asked.clear()
+    await client.get("/v1/routes", params={"gateway": "g", "node": "edge-2", "port": 8080})
+    assert panel.asked == [("routes", 0, 0.0, Caller("g", "edge-2", "http://127.0.0.1:8080"))]
     panel.answer = None
     assert (await client.get("/v1/routes")).status_code == 304
 

@@ -8,7 +8,7 @@ import pytest
 from models.manifest import Manifest
 from orchestrator import wiring
 from orchestrator.core import Replica
-from orchestrator.routes import GATEWAY_FORGOTTEN_S, Map, Publisher
+from orchestrator.routes import GATEWAY_FORGOTTEN_S, Caller, Map, Publisher
 from services.dataplane import routes as document
 from services.dataplane.routes import Link, ReplicaState
 from tests.orchestrator.examples import MANIFEST, load
@@ -79,21 +79,21 @@ def test_routes_are_published_even_if_they_cannot_be_kept(tmp_path: Path, caplog
 async def test_a_poll_is_answered_as_soon_as_there_is_news(tmp_path: Path) -> None:
     publisher = Publisher(plan(), tmp_path / "routes.json")
     publisher.publish([])
-    poll = asyncio.create_task(publisher.wait_for_news(1, 10.0, "g"))
+    poll = asyncio.create_task(publisher.wait_for_news(1, 10.0, Caller("g")))
     await asyncio.sleep(0)
     publisher.publish([replica()])
     found = await asyncio.wait_for(poll, 1)
     assert found is not None
     assert found.version == 2
-    assert await publisher.wait_for_news(1, 10.0, "g") == found
-    assert await publisher.wait_for_news(2, 0.01, "g") is None
+    assert await publisher.wait_for_news(1, 10.0, Caller("g")) == found
+    assert await publisher.wait_for_news(2, 0.01, Caller("g")) is None
 
 
 async def test_a_gateway_that_knows_more_than_we_do_is_overtaken(tmp_path: Path) -> None:
     """The state directory was lost: the versions start again, and the gateway would take the next one for old."""
     publisher = Publisher(plan(), tmp_path / "routes.json")
     publisher.publish([])
-    found = await publisher.wait_for_news(41, 1.0, "g")
+    found = await publisher.wait_for_news(41, 1.0, Caller("g"))
     assert found is not None
     assert found.version == 42
     assert publisher.publish([replica()]) == 43
@@ -103,13 +103,13 @@ async def test_a_drain_waits_for_every_gateway_that_is_heard_of(tmp_path: Path) 
     publisher = Publisher(plan(), tmp_path / "routes.json")
     version = publisher.publish([replica()])
     assert await publisher.acknowledged(version, 0.01), "there is no gateway"
-    polls = [asyncio.create_task(publisher.wait_for_news(version, 10.0, name)) for name in ("g", "h")]
+    polls = [asyncio.create_task(publisher.wait_for_news(version, 10.0, Caller(name))) for name in ("g", "h")]
     await asyncio.sleep(0)
     version = publisher.publish([replica(state="draining")])
     await asyncio.gather(*polls)
     assert not await publisher.acknowledged(version, 0.01)
     waiting = asyncio.create_task(publisher.acknowledged(version, 10.0))
-    following = [asyncio.create_task(publisher.wait_for_news(version, 10.0, name)) for name in ("g", "h")]
+    following = [asyncio.create_task(publisher.wait_for_news(version, 10.0, Caller(name))) for name in ("g", "h")]
     assert await asyncio.wait_for(waiting, 1)
     publisher.close()
     assert await asyncio.gather(*following) == [None, None]
@@ -120,9 +120,22 @@ async def test_nobody_waits_for_a_gateway_that_is_gone(tmp_path: Path) -> None:
     publisher = Publisher(plan(), tmp_path / "routes.json", clock)
     publisher.publish([])
     for name in ("silent", "dead"):
-        assert await publisher.wait_for_news(0, 1.0, name) is not None
+        assert await publisher.wait_for_news(0, 1.0, Caller(name)) is not None
     version = publisher.publish([replica()])
     publisher.forget("dead")
     assert not await publisher.acknowledged(version, 0.01)
     clock.t += GATEWAY_FORGOTTEN_S + 0.1
     assert await publisher.acknowledged(version, 0.01)
+
+
+async def test_gateways_that_ask_are_known_by_where_they_are(tmp_path: Path) -> None:
+    clock = Clock()
+    publisher = Publisher(plan(), tmp_path / "routes.json", clock)
+    publisher.publish([])
+    first, second = Caller("g", "edge-1", "http://127.0.0.1:1"), Caller("g", "edge-2", "http://127.0.0.1:2")
+    for caller in (first, second):
+        await publisher.wait_for_news(1, 0.0, caller)
+    assert publisher.heard() == {first: 1, second: 1}
+    clock.t += GATEWAY_FORGOTTEN_S + 0.1
+    await publisher.wait_for_news(1, 0.0, second)
+    assert publisher.heard() == {second: 1}

@@ -200,7 +200,7 @@ async def gateway(kept: Routes, directory: Path, **options: Any) -> AsyncIterato
     """A gateway that serves from a document kept on disk; yields its address and itself."""
     path = directory / "routes.json"
     routes.save(kept, path)
-    it = Gateway(name="test", node="local", routes_url=None, routes_file=path, **options)
+    it = Gateway(name="test", node="local", routes_file=path, **options)
     async with serving(gateway_app.build(it)) as address:
         yield address, it
 

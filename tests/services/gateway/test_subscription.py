@@ -48,7 +48,7 @@ class Orchestrator:
 
 @asynccontextmanager
 async def following(url: str | None, file: Path) -> AsyncIterator[tuple[str, Gateway]]:
-    gateway = Gateway(name="g", node="local", routes_url=url and f"{url}/v1/routes", routes_file=file)
+    gateway = Gateway(name="g", node="local", routes_urls=[f"{url}/v1/routes"] if url else (), routes_file=file)
     async with harness.serving(gateway_app.build(gateway)) as address:
         yield address, gateway
 
@@ -115,3 +115,21 @@ async def test_a_gateway_that_knows_nothing_says_so(tmp_path: Path) -> None:
         answer = await infer(address, "task", 1.0)
         assert answer.status == 404
         assert b"none yet" in answer.body
+
+
+async def test_of_several_control_planes_the_next_is_asked_when_one_fails(tmp_path: Path) -> None:
+    first = Orchestrator(document([chain("double")], {"double": []}, version=3))
+    second = Orchestrator(document([chain("double")], {"double": []}, version=9))
+    async with harness.serving(second.app()) as that:
+        async with harness.serving(first.app()) as this:
+            urls = [f"{url}/v1/routes" for url in (this, that)]
+            gateway = Gateway(name="g", node="edge-1", port=1, routes_urls=urls, routes_file=None)
+            async with harness.serving(gateway_app.build(gateway)):
+                await acknowledged(first, 3)
+                assert gateway.subscription.url == urls[0]
+                first.publish(document([chain("double")], {"double": []}, version=4))
+                await acknowledged(first, 4)
+        gateway = Gateway(name="g", node="edge-1", port=1, routes_urls=urls, routes_file=None)
+        async with harness.serving(gateway_app.build(gateway)):
+            await acknowledged(second, 9)
+            assert gateway.subscription.url == urls[1]
