@@ -247,11 +247,13 @@ def _models(*arguments: str) -> None:
 @click.option("--limit", type=click.FloatRange(min=0), default=60.0, show_default=True, help="Longest wait for ready [s].")
 @click.option(
     "--runtime",
-    type=click.Choice(["processes", "engine"]),
+    type=click.Choice(["processes", "engine", "swarm"]),
     default="processes",
     show_default=True,
-    help="Replicas as processes of this machine, or as containers of its Docker engine.",
+    help="Replicas as processes of this machine, as containers of its Docker engine, or as tasks of a Swarm.",
 )
+@click.option("--engine-network", help="Network of the containers: under swarm an overlay that this machine is attached to.")
+@click.option("--engine-models", help="Volume or directory with the models on every box [default: that of this machine].")
 @click.option("--engine-image", help="Image of the stages' containers [default: espalier/stage of this version].")
 @click.option("--stage-module", hidden=True, envvar="ESPALIER_STAGE_MODULE")
 @click.option("--gateway-module", hidden=True, envvar="ESPALIER_GATEWAY_MODULE")

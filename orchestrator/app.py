@@ -58,6 +58,13 @@ class Update(Document):
     """Longest time until everything new is ready [s]; then the old state comes back."""
 
 
+class Probe(Document):
+    """`POST /v1/probe`."""
+
+    between: tuple[str, str]
+    """Two nodes."""
+
+
 class Controls(Protocol):
     """What the control plane can do."""
 
@@ -84,6 +91,9 @@ class Controls(Protocol):
 
     def update(self, text: str, name: str, limit_s: float) -> None:
         """Begin to replace the testbed by another version of it."""
+
+    async def probe(self, a: str, b: str) -> dict[str, Any]:
+        """Measure the link between two nodes."""
 
     def shut_down(self) -> None:
         """Begin to drain and stop everything, then end."""
@@ -143,6 +153,10 @@ def build(controls: Controls) -> FastAPI:
     async def update(order: Update) -> JSONResponse:
         controls.update(order.testbed, order.name, order.limit)
         return JSONResponse({"accepted": True}, 202)
+
+    @app.post("/v1/probe")
+    async def probe(asked: Probe) -> JSONResponse:
+        return JSONResponse(await controls.probe(*asked.between))
 
     @app.post("/v1/shutdown", status_code=202)
     async def shut_down() -> JSONResponse:

@@ -11,7 +11,7 @@ import httpx
 from orchestrator.errors import RunFailed, UsageError
 from orchestrator.state_dir import StateDir
 
-ANSWER_S = 5.0
+ANSWER_S, PROBE_S = 5.0, 45.0
 POLL_S = 0.1
 
 
@@ -45,6 +45,11 @@ class Client:
         """`POST /v1/update`."""
         self._ask("POST", "/v1/update", {"testbed": text, "name": name, "limit": limit_s})
 
+    def probe(self, a: str, b: str) -> dict[str, Any]:
+        """`POST /v1/probe`."""
+        found: dict[str, Any] = self._ask("POST", "/v1/probe", {"between": [a, b]}, PROBE_S).json()
+        return found
+
     def shut_down(self) -> None:
         """`POST /v1/shutdown`."""
         self._ask("POST", "/v1/shutdown", {})
@@ -65,9 +70,9 @@ class Client:
                 raise RunFailed(f"not there after {limit_s:g} s: {unsettled(status)}")
             time.sleep(POLL_S)
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None, answer_s: float = ANSWER_S) -> httpx.Response:
         try:
-            answer = self._http.request(method, path, json=body)
+            answer = self._http.request(method, path, json=body, timeout=answer_s)
         except httpx.TransportError as error:
             raise RunFailed(f"the orchestrator at {self._url} does not answer: {error}") from None
         if answer.is_success:

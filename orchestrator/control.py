@@ -32,11 +32,12 @@ from orchestrator.runner import Runner
 from orchestrator.runtimes import child as children
 from orchestrator.runtimes.containers import EngineOptions
 from orchestrator.runtimes.doorkeeper import Door, Doorkeeper
-from orchestrator.runtimes.driver import Launch
+from orchestrator.runtimes.driver import Driver, Launch
 from orchestrator.runtimes.engine import Engine
 from orchestrator.runtimes.keeper import Keeper
 from orchestrator.runtimes.pins import Pins
 from orchestrator.runtimes.processes import Processes
+from orchestrator.runtimes.swarm import Swarm
 from orchestrator.scaling.manual import running
 from orchestrator.state_dir import StateDir
 from orchestrator.telemetry import sources, targets
@@ -65,7 +66,9 @@ class Settings:
     gateway_url: str | None = None
     """A gateway that somebody else keeps running; `ANNOUNCED`: those that ask for the routes; None: one that we keep."""
     engine: EngineOptions | None = None
-    """Replicas are containers of this engine; None: processes of this machine."""
+    """Replicas are containers of this engine; None: processes of this machine, or"""
+    swarm: EngineOptions | None = None
+    """tasks of this Swarm."""
     prometheus_url: str | None = None
     """Server to observe through; None: every source is scraped directly."""
 
@@ -353,15 +356,9 @@ class Orchestrator:
     # --- parts ------------------------------------------------------------------------------------------------------------
 
     def _make_runtime(self) -> Keeper:
-        control, settings = self._testbed.control, self._settings
-        environment = children.environment(ROOT)
-        driver = (
-            Engine(settings.engine, Pins(self._state.images))
-            if settings.engine is not None
-            else Processes(models_dir=settings.models_dir, module=settings.stage_module, environment=environment)
-        )
+        control = self._testbed.control
         return Keeper(
-            driver=driver,
+            driver=self._make_driver(),
             state_dir=self._state.root,
             launches=self._launches(),
             services=self._services,
@@ -370,6 +367,15 @@ class Orchestrator:
             start_timeout_s=control.start_timeout,
             surge=control.surge,
         )
+
+    def _make_driver(self) -> Driver:
+        settings = self._settings
+        if settings.swarm is not None:
+            return Swarm(settings.swarm, Pins(self._state.images))
+        if settings.engine is not None:
+            return Engine(settings.engine, Pins(self._state.images))
+        environment = children.environment(ROOT)
+        return Processes(models_dir=settings.models_dir, module=settings.stage_module, environment=environment)
 
     def _make_gateway(self) -> Doorkeeper | GivenGateway | None:
         if self._settings.gateway_url == ANNOUNCED:

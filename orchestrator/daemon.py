@@ -108,6 +108,7 @@ def _settings(arguments: argparse.Namespace, control_url: str, scope: str, testb
         gateway_module=arguments.gateway_module,
         gateway_url=arguments.gateway,
         engine=engine if arguments.runtime == "engine" else None,
+        swarm=engine if arguments.runtime == "swarm" else None,
         prometheus_url=arguments.prometheus,
     )
 
@@ -174,15 +175,17 @@ def _parser() -> argparse.ArgumentParser:
         help="a gateway that somebody else keeps running, or those that ask for the routes (default: keep one here)",
     )
     parser.add_argument("--prometheus", metavar="URL", help="server to observe through (default: ask every replica itself)")
-    parser.add_argument("--runtime", choices=["processes", "engine"], default="processes", help="what replicas are")
+    parser.add_argument("--runtime", choices=["processes", "engine", "swarm"], default="processes", help="what replicas are")
     engine = parser.add_argument_group(
-        "the engine runtime", "The engine itself is found as by docker: DOCKER_HOST or its socket."
+        "the engine runtime, and the swarm runtime",
+        "Engine or manager is found as by docker: DOCKER_HOST, a context, or the socket. Under swarm the network is an "
+        "attachable overlay, the models are a volume or a path on every box, and the project is the stack.",
     )
     engine.add_argument("--engine-image", default=f"espalier/stage:{VERSION}", help="image of the stages' containers")
     engine.add_argument("--engine-gpu-image", default=f"espalier/stage-gpu:{VERSION}", help="the same for stages on a GPU")
     engine.add_argument("--engine-network", default="bridge", help="network that they are attached to")
     engine.add_argument("--engine-models", help="volume with the exported models (default: the models directory)")
-    engine.add_argument("--engine-project", help="Compose project that the containers belong to")
+    engine.add_argument("--engine-project", help="Compose project, or stack, that they belong to")
     parser.add_argument("--stage-module", default=STAGE_MODULE, help="Python module that serves a stage")
     parser.add_argument("--gateway-module", default=GATEWAY_MODULE, help="Python module that serves the gateway")
     return parser

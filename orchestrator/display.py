@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -62,6 +62,24 @@ def progress(document: Mapping[str, Any]) -> str:
     counts = [f"{name} {s['states']['ready']}/{s['wanted']['ready']}" for name, s in document["services"].items()]
     gateway = document["gateway"]
     return ", ".join([*counts, f"gateway {'-' if gateway is None else gateway['state']}"])
+
+
+def links(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """The table of `espalier probe`: one way each, and what a testbed file would say."""
+    table = _table("link", "latency ms", "there", "back", "Mb/s", "there", "back")
+    problems = []
+    for row in rows:
+        name = " - ".join(row["between"])
+        if "problem" in row:
+            problems.append(f"{name}: {row['problem']}")
+            continue
+        found = [row, *row["directions"]]
+        table.add_row(
+            name,
+            *(_number(each["latency_s"], 1e3, digits=3) for each in found),
+            *(_number(each["bandwidth_bytes_per_s"], 8e-6, digits=0) for each in found),
+        )
+    return Group(table, *problems)
 
 
 def pairs(rows: Mapping[str, object]) -> Table:

@@ -15,7 +15,7 @@ from typing import Any
 from orchestrator.client import Client, connect
 from orchestrator.errors import RunFailed, SetupFailed
 from orchestrator.runtimes import child as children
-from orchestrator.runtimes import engine
+from orchestrator.runtimes import engine, swarm
 from orchestrator.runtimes.child import Identity
 from orchestrator.runtimes.driver import Unreachable
 from orchestrator.runtimes.records import Records
@@ -205,9 +205,13 @@ async def _sweep(state: StateDir, testbed: str | None) -> int:
     await asyncio.gather(*(child.stop(SWEEP_GRACE_S) for _, _, child in found))
     for records, record, _ in found:
         records.forget(record.id)
-    if testbed is None or all(record.container is None for record in replicas.all()):
-        return len(found)
+    left = list(replicas.all())
+    swept = len(found)
     try:
-        return len(found) + await engine.sweep(state.scope(testbed), SWEEP_GRACE_S)
+        if testbed is not None and any(record.container is not None for record in left):
+            swept += await engine.sweep(state.scope(testbed), SWEEP_GRACE_S)
+        if testbed is not None and any(record.task is not None for record in left):
+            swept += await swarm.sweep(state.scope(testbed), SWEEP_GRACE_S)
     except Unreachable as error:
         raise RunFailed(f"{error}; its containers are still there: say espalier down again when it does") from None
+    return swept

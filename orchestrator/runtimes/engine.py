@@ -287,7 +287,7 @@ class Engine:
             Unreachable: it broke, or the engine does not answer.
         """
         # The stream first: what happens between the two is then an event, and what happened before is in the list.
-        stream = await self._api.events(self._label, self._hear, self._wake.set)
+        stream = await self._api.events({"label": [self._label], "type": ["container"]}, self._hear, self._wake.set)
         try:
             while not stream.ended:
                 await self._look()

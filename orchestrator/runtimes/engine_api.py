@@ -1,5 +1,8 @@
 """The one door to the `docker` package: the few calls to a Docker engine that we make, awaitable, limited in time, never more.
 
+Which engine is said as to `docker`: by DOCKER_HOST (with DOCKER_TLS_VERIFY and DOCKER_CERT_PATH), else by a context of the
+docker command line (DOCKER_CONTEXT, or the one in use), else it is the socket of this machine.
+
 Every call runs in a thread of our own small pool, so an engine that hangs holds up nobody but who asked. Two things can go
 wrong, and callers see only these: the engine answers no (`Refused`), or it does not answer (`driver.Unreachable`).
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +19,11 @@ from typing import Any, TypeVar
 
 import docker
 import docker.constants
+import docker.context
 import docker.errors
 import docker.utils
 
+from orchestrator.errors import SetupFailed
 from orchestrator.runtimes.driver import Unreachable
 
 OLDEST_API = "1.41"
@@ -47,9 +53,12 @@ class EngineApi:
     """One engine; `connect` comes first."""
 
     def __init__(self, url: str | None = None) -> None:
-        """`url` as in DOCKER_HOST; None: that of the environment, or the socket of this machine."""
-        settings = docker.utils.kwargs_from_env()
-        self._settings: dict[str, Any] = {"base_url": url} if url is not None else settings
+        """`url` as in DOCKER_HOST; None: that of the environment, of the context in use, or the socket of this machine.
+
+        Raises:
+            SetupFailed: what the environment names does not exist, or is not whole.
+        """
+        self._settings = {"base_url": url} if url is not None else settings(os.environ)
         self.url = str(self._settings.get("base_url") or docker.constants.DEFAULT_UNIX_SOCKET.replace("http+", ""))
         self._version = OLDEST_API
         self._client = self._new_client()
@@ -118,9 +127,11 @@ class EngineApi:
         """Remove a container, running or not."""
         await self._call(lambda: self._client.remove_container(container, force=True))
 
-    async def events(self, label: str, hear: Callable[[Event], None], over: Callable[[], None]) -> EventStream:
-        """From the return on, `hear` is called in the loop for every event of containers with this label; `over` at the end."""
-        stream = EventStream(self, {"label": [label], "type": ["container"]}, hear, over)
+    async def events(
+        self, filters: Mapping[str, list[str]], hear: Callable[[Event], None], over: Callable[[], None]
+    ) -> EventStream:
+        """From the return on, `hear` is called in the loop for every event that the filters let pass; `over` at the end."""
+        stream = EventStream(self, filters, hear, over)
         try:
             async with asyncio.timeout(ANSWER_S):
                 await stream.opened
@@ -139,7 +150,12 @@ class EngineApi:
             return self._client.events(filters=dict(filters), decode=True)
 
     def _new_client(self) -> docker.APIClient:
-        client = docker.APIClient(**self._settings, version=self._version, timeout=ANSWER_S)
+        # By the ssh of this machine, with its keys and its configuration, and not by a second implementation.
+        by_ssh = self.url.startswith("ssh://")
+        try:
+            client = docker.APIClient(**self._settings, version=self._version, timeout=ANSWER_S, use_ssh_client=by_ssh)
+        except docker.errors.DockerException as error:
+            raise SetupFailed(f"no engine can be reached by {self.url}: {error}") from None
         client.trust_env = False  # an engine is never behind the HTTP proxy of the environment
         return client
 
@@ -227,6 +243,26 @@ class EventStream:
     def _end(self) -> None:
         self.ended = True
         self._over()
+
+
+def settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What an environment says of the engine, as arguments of a client: DOCKER_HOST, else a context, else nothing.
+
+    Raises:
+        SetupFailed: there is no such context, or no such certificate.
+    """
+    try:
+        if environment.get("DOCKER_HOST"):
+            return dict(docker.utils.kwargs_from_env(environment))
+        name = environment.get("DOCKER_CONTEXT")
+        context = docker.context.ContextAPI.get_context(name)
+    except docker.errors.DockerException as error:
+        raise SetupFailed(f"the engine that the environment names cannot be used: {error}") from None
+    if context is None:
+        raise SetupFailed(f"there is no Docker context {name or 'of the name that is in use'}: see docker context ls")
+    if context.Name == "default":
+        return {}
+    return {"base_url": context.Host} | ({} if context.TLSConfig is None else {"tls": context.TLSConfig})
 
 
 def version_key(version: str) -> tuple[int, ...]:

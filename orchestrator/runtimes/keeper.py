@@ -109,7 +109,8 @@ class Keeper:
         """One for each replica, and for those that have ended until nothing remains of them."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting: asyncio.TimerHandle | None = None
-        self._open = True
+        self._open = False
+        """Whether replicas are started and stopped: from the adoption to the end."""
         self.starts = 0
         """Replicas started so far; the accounting takes differences."""
         self.actions: Counter[tuple[str, str]] = Counter()
@@ -254,6 +255,7 @@ class Keeper:
         known = {record.id: record for record in self._records.all() if record.kind == "stage"}
         found = await self._driver.find(list(known.values()))
         taken = await asyncio.gather(*(self._remember(record, known.get(record.id)) for record, _ in found))
+        self._open = True
         for record, (_, handle) in zip(taken, found, strict=True):
             self._records.save(record)
             self._adopted(record, handle)

@@ -21,7 +21,7 @@ from services.dataplane.service_time import ServiceEstimate
 from services.dataplane.wire import Limits
 from services.forward import Forwarder
 from services.hotpath import Endpoint, Front
-from services.stage import generation
+from services.stage import generation, probe
 from services.stage.generation import GenerationWorker
 from services.stage.metrics import StageMetrics
 from services.stage.parts import PartWorker, Rest
@@ -166,6 +166,7 @@ def build(replica: Replica) -> Front:
     front = Front(app)
     oip.add_error_shape(app)
     oip.add_server_routes(app, lambda: replica.ready)
+    probe.add_routes(app)
 
     @app.get("/v2/models/{model}")
     @app.get("/v2/models/{model}/versions/{version}")

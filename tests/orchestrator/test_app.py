@@ -50,6 +50,10 @@ class Panel:
     def update(self, text: str, name: str, limit_s: float) -> None:
         self.asked.append(("update", text, name, limit_s))
 
+    async def probe(self, a: str, b: str) -> dict[str, Any]:
+        self.asked.append(("probe", a, b))
+        return {"between": [a, b]}
+
     def shut_down(self) -> None:
         self.asked.append(("shut_down",))
 
@@ -74,6 +78,12 @@ async def test_a_poll_for_routes_is_passed_on_and_answered(panel: Panel, client:
     assert panel.asked == [("routes", 0, 0.0, Caller("g", "edge-2", "http://127.0.0.1:8080"))]
     panel.answer = None
     assert (await client.get("/v1/routes")).status_code == 304
+
+
+async def test_a_link_is_measured(panel: Panel, client: httpx.AsyncClient) -> None:
+    answer = await client.post("/v1/probe", json={"between": ["a", "b"]})
+    assert (answer.json(), panel.asked) == ({"between": ["a", "b"]}, [("probe", "a", "b")])
+    assert (await client.post("/v1/probe", json={"between": ["a"]})).status_code == 400
 
 
 async def test_orders_are_passed_on(panel: Panel, client: httpx.AsyncClient) -> None:

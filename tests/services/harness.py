@@ -65,6 +65,8 @@ def break_off(address: str) -> None:
 async def serving(app: ASGIApp) -> AsyncIterator[str]:
     """Serve an app on a free port of loopback; yields its address."""
     listener = socket.create_server(("127.0.0.1", 0))
+    # As uvloop does by itself: an answer in two writes would otherwise wait 40 ms for the first one's acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = _Server(configuration(app, 1.0))
     task = asyncio.ensure_future(server.serve(sockets=[listener]))

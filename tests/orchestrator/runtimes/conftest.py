@@ -1,4 +1,4 @@
-"""Both drivers, for tests that must hold for either."""
+"""All drivers, for tests that must hold for each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import docker
 import pytest
 
 from tests.engine import own_name
-from tests.orchestrator.runtimes.world import EngineKind, Kind, ProcessesKind
+from tests.orchestrator.runtimes.world import EngineKind, Kind, ProcessesKind, SwarmKind
 
 
 @pytest.fixture(scope="session")
@@ -37,10 +37,21 @@ def containers(engine: docker.APIClient, fake_stage_image: str, stage_network: s
     kind.remove_all()
 
 
-@pytest.fixture(params=["processes", "engine"])
+@pytest.fixture
+def swarm() -> Iterator[SwarmKind]:
+    """The swarm driver, over a manager that is a fake."""
+    kind = SwarmKind()
+    yield kind
+    kind.manager.end_all()
+
+
+@pytest.fixture(params=["processes", "engine", "swarm"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     """Each driver in turn."""
     if request.param == "processes":
         return ProcessesKind()
+    if request.param == "swarm":
+        over_swarm: SwarmKind = request.getfixturevalue("swarm")
+        return over_swarm
     made: EngineKind = request.getfixturevalue("containers")
     return made

@@ -44,6 +44,9 @@ class Nobody:
     def moved(self, replica: str, url: str) -> None:
         """Not here."""
 
+    def ending(self, replica: str) -> None:
+        """Not here."""
+
     def changed(self) -> None:
         """Not here."""
 

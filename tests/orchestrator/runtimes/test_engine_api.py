@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -11,8 +13,9 @@ import docker.errors
 import pytest
 import requests.exceptions
 
+from orchestrator.errors import SetupFailed
 from orchestrator.runtimes.driver import Unreachable
-from orchestrator.runtimes.engine_api import EngineApi, Refused, version_key
+from orchestrator.runtimes.engine_api import EngineApi, Refused, settings, version_key
 
 
 @pytest.fixture
@@ -99,3 +102,50 @@ async def test_what_is_missing_is_none(engine: docker.APIClient) -> None:
 def test_versions_are_compared_as_numbers() -> None:
     assert version_key("1.9") < version_key("1.41") < version_key("1.100")
     assert max("1.9", "1.41", key=version_key) == "1.41"
+
+
+class TestWhichEngine:
+    """As `docker` itself finds it."""
+
+    @pytest.fixture(autouse=True)
+    def configuration(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+        (tmp_path / "config.json").write_text("{}")
+        return tmp_path
+
+    def context(self, home: Path, name: str, host: str) -> None:
+        place = home / "contexts" / "meta" / hashlib.sha256(name.encode()).hexdigest()
+        place.mkdir(parents=True)
+        endpoints = {"docker": {"Host": host, "SkipTLSVerify": False}}
+        (place / "meta.json").write_text(json.dumps({"Name": name, "Metadata": {}, "Endpoints": endpoints}))
+
+    def certificates(self, place: Path) -> None:
+        place.mkdir(parents=True)
+        for name in ("ca.pem", "cert.pem", "key.pem"):
+            (place / name).write_text("")
+
+    def test_where_nothing_is_said_it_is_the_socket_of_this_machine(self) -> None:
+        assert settings({}) == {}
+
+    def test_the_host_of_the_environment_comes_before_a_context(self, configuration: Path) -> None:
+        self.context(configuration, "far", "tcp://far:2376")
+        found = settings({"DOCKER_HOST": "tcp://near:2375", "DOCKER_CONTEXT": "far"})
+        assert found == {"base_url": "tcp://near:2375"}
+
+    def test_a_context_by_ssh_is_taken_as_it_is(self, configuration: Path) -> None:
+        self.context(configuration, "far", "ssh://user@far")
+        assert settings({"DOCKER_CONTEXT": "far"}) == {"base_url": "ssh://user@far"}
+
+    def test_the_context_in_use_brings_its_certificates(self, configuration: Path) -> None:
+        self.context(configuration, "far", "tcp://far:2376")
+        self.certificates(configuration / "contexts" / "tls" / hashlib.sha256(b"far").hexdigest() / "docker")
+        (configuration / "config.json").write_text('{"currentContext": "far"}')
+        found = settings({})
+        assert found["base_url"] == "tcp://far:2376"
+        assert (found["tls"].verify, found["tls"].cert[0][-8:], found["tls"].ca_cert[-6:]) == (True, "cert.pem", "ca.pem")
+
+    def test_what_is_not_there_is_named(self, configuration: Path) -> None:
+        with pytest.raises(SetupFailed, match="there is no Docker context far"):
+            settings({"DOCKER_CONTEXT": "far"})
+        with pytest.raises(SetupFailed, match="cannot be used"):
+            settings({"DOCKER_HOST": "tcp://far:2376", "DOCKER_CERT_PATH": "/nobody"})

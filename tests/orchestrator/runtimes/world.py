@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -26,7 +27,9 @@ from orchestrator.runtimes.engine import Engine
 from orchestrator.runtimes.keeper import Keeper
 from orchestrator.runtimes.pins import Pins
 from orchestrator.runtimes.processes import Processes
+from orchestrator.runtimes.swarm import Swarm
 from tests.engine import own_name
+from tests.orchestrator.runtimes.fake_swarm import FakeManager
 
 ROOT = Path(__file__).resolve().parents[3]
 NODES = {"a": Node("a", 2.0, 2**30), "b": Node("b", 2.0, 2**30)}
@@ -183,6 +186,41 @@ class EngineKind:
         for container in self.ids():
             with contextlib.suppress(docker.errors.APIError):
                 self.engine.remove_container(container, force=True)
+
+
+@dataclass
+class SwarmKind:
+    """Over a manager that is a fake (`fake_swarm`): what a real one does is seen by tests/system/test_boxes.py."""
+
+    manager: FakeManager = field(default_factory=FakeManager)
+    unrouted_s: float = 1.5
+
+    def __post_init__(self) -> None:
+        for node in NODES:
+            self.manager.add_box(node)
+        self.options = EngineOptions(
+            scope=own_name(), testbed="small", image="fake:1", gpu_image="fake:1", network="fake", models="/models"
+        )
+
+    def driver(self, state_dir: Path) -> Driver:
+        return Swarm(self.options, Pins(state_dir / "images.json"), self.manager)
+
+    def kill(self, keeper: Keeper, replica: str) -> None:
+        self._process(replica).kill()
+
+    def hang(self, keeper: Keeper, replica: str) -> None:
+        self._process(replica).send_signal(signal.SIGSTOP)
+
+    def _process(self, replica: str) -> subprocess.Popen[bytes]:
+        process = self.manager.task_of(replica).process
+        assert process is not None
+        return process
+
+    def runs(self, running: dict[str, int | str]) -> bool:
+        return running["task"] in {task.id for task in self.manager.running()}
+
+    def left(self) -> int:
+        return len(self.manager.made) + len(self.manager.running())
 
 
 def keeper(kind: Kind, tmp_path: Path, board: Noticeboard, how: Launch | None = None, timeout_s: float = 20.0) -> Keeper:
