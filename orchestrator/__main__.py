@@ -7,6 +7,7 @@ Exit status: 0 ok, 1 an objective was missed, 2 wrong usage or configuration, 3 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -25,10 +26,11 @@ from orchestrator import bench as benches
 from orchestrator import bundle as bundles
 from orchestrator import client as clients
 from orchestrator import display, facts, lifecycle, units
+from orchestrator import probe as probes
 from orchestrator import render as renders
 from orchestrator import replay as replays
 from orchestrator import testbed as testbeds
-from orchestrator.errors import EspalierError, TestbedInvalid
+from orchestrator.errors import EspalierError, RunFailed, TestbedInvalid, UsageError
 from orchestrator.runtimes import child as children
 from orchestrator.state_dir import StateDir
 
@@ -439,6 +441,43 @@ def bench(
                 display.console().print(display.shared(result.report["shared"]))
             display.console().print(display.costs(result.report, result.spent))
     sys.exit(result.exit_code)
+
+
+@main.command()
+@_testbed_file
+@_state_dir
+@_url
+@click.option("--between", nargs=2, metavar="NODE NODE", help="Only this link  [default: every pair of nodes].")
+@click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Write TESTBED with the links as measured.")
+@_output
+def probe(
+    testbed: Path, state_dir: Path | None, url: str | None, between: tuple[str, str] | None, save: Path | None, output: str
+) -> None:
+    """Measure latency and bandwidth between the nodes of a running testbed; exit 4 where a pair could not be measured.
+
+    Replicas that run there measure, one link at a time, 1 to 16 s for each. Placement and routing follow what is saved once
+    `espalier up` is given that file.
+    """
+    loaded = testbeds.load(testbed)
+    pairs = [between] if between else list(itertools.combinations(loaded.testbed.nodes, 2))
+    if not pairs:
+        raise click.UsageError(f"{testbed} has one node, so there is no link to measure")
+    rows: list[dict[str, Any]] = []
+    with _client(url, state_dir, loaded.testbed.name) as client:
+        for a, b in pairs:
+            try:
+                rows.append(client.probe(a, b))
+            except (RunFailed, UsageError) as error:
+                if between:
+                    raise
+                rows.append({"between": [a, b], "problem": str(error)})
+    if save is not None:
+        _write(save, probes.with_links(loaded.text, loaded.testbed, probes.links(rows)))
+    if output == "json":
+        click.echo(json.dumps({"links": rows}, indent=2))
+    else:
+        display.console().print(display.links(rows))
+    sys.exit(4 if any("problem" in row for row in rows) else 0)
 
 
 @main.command()

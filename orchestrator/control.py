@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from orchestrator import plan as plans
+from orchestrator import probe as probes
 from orchestrator import survey
 from orchestrator import testbed as testbeds
 from orchestrator.core import Placement, Target
@@ -91,6 +94,7 @@ class Orchestrator:
         self._gateways = Gateways(self._publisher.heard, self._publisher.forget, self._make_gateway())
         self._telemetry = Live(self._gateways.endpoints, settings.prometheus_url, lambda: self._testbed.control.stale_after)
         self._runner = self._make_runner()
+        self._probing = asyncio.Lock()
         self._rollout: Rollout | None = None
         self._rolling: asyncio.Task[None] | None = None
         self._refused: Progress | None = None
@@ -257,6 +261,25 @@ class Orchestrator:
         # A standby that is let out meanwhile is where it should be: a burst must not end an update.
         unsettled = tuple(name for name in self._services if not self._settled(name, self._states(name, let_out_is_idle=True)))
         return Standing(unsettled, {place: backoff.failures for place, backoff in self._runtime.backoffs().items()})
+
+    async def probe(self, a: str, b: str) -> dict[str, Any]:
+        """Measure the link between two nodes, by replicas that run there; for a testbed file, and in each direction."""
+        for node in (a, b):
+            if node not in self._testbed.nodes:
+                hint = testbeds.did_you_mean(node, self._testbed.nodes) or f"; there are {', '.join(self._testbed.nodes)}"
+                raise UsageError(f"there is no node {node!r}{hint}")
+        if a == b:
+            raise UsageError(f"{a} is at no distance from itself; name two nodes")
+        if self._probing.locked():
+            raise Conflict("another link is being measured; two at a time would find each other")
+        replicas = self._runtime.replicas()
+        here, there = (probes.place(node, replicas, self._plan.wiring.tiers) for node in (a, b))
+        async with self._probing, httpx.AsyncClient(trust_env=False) as client:
+            pair = await probes.measure(client, here, there)
+        return {
+            "between": [a, b], **pair.link.model_dump(),
+            "directions": [pair.there.model_dump(), pair.back.model_dump()],
+        }  # fmt: skip
 
     def shut_down(self) -> None:
         """Begin to drain and stop everything."""

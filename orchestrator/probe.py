@@ -125,7 +125,7 @@ def _plain(value: float) -> str:
 def _block(text: str, rows: Sequence[str], key: str) -> tuple[int, int] | None:
     """First line of a top-level section and the one after its last; comments that follow belong to what comes next."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    for name, value in root.value:
+    for name, value in root.value if root is not None else ():
         if name.value == key:
             last = value.end_mark.line + (1 if value.end_mark.column else 0)
             while last > name.start_mark.line + 1 and (not rows[last - 1].strip() or rows[last - 1].startswith("#")):
