@@ -429,16 +429,18 @@ class Swarm:
         if self._is_lost(task):
             kept.state = "its box is down"
             kept.ended(None)
-        elif task.over:
-            kept.ended(task.exit_code)
-        elif task.runs and task.url:
+            return
+        if task.runs and task.url:
             moved, kept.url = bool(kept.url) and task.url != kept.url, task.url
             kept.runs.set()
             if moved and self._listener is not None:
                 self._listener.moved(kept.replica, kept.url)
-            if task.told_to_end and not kept.stopping and self._listener is not None:
-                kept.stopping = True
+        if task.told_to_end and not kept.stopping:
+            kept.stopping = True
+            if self._listener is not None:
                 self._listener.ending(kept.replica)
+        if task.over:
+            kept.ended(task.exit_code)
 
     async def _look_for_leftovers(self) -> None:
         known, creating = set(self._kept), set(self._creating)

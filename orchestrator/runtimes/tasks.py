@@ -152,8 +152,8 @@ class Task:
 
     @property
     def told_to_end(self) -> bool:
-        """Whether a Swarm has told it to end."""
-        return self.desired in ("shutdown", "remove")
+        """Whether a Swarm has told it to end; it also says so of one that failed, which ended by itself."""
+        return self.desired in ("shutdown", "remove") and self.state in ("running", "shutdown")
 
     @property
     def url(self) -> str:
