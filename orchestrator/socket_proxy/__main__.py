@@ -54,10 +54,12 @@ def main() -> int:
     parser.add_argument("--image", action="append", required=True, dest="images", help="may be run; may be given again")
     parser.add_argument("--network", required=True, help="that containers are attached to")
     parser.add_argument("--models", required=True, help="a volume's name or an absolute path, mounted read-only")
+    parser.add_argument("--swarm", action="store_true", help="stages are services of a Swarm, and the project is a stack")
     arguments = parser.parse_args()
     try:
         policy = Policy(
-            arguments.scope, arguments.project, frozenset(arguments.images), arguments.network, arguments.models
+            arguments.scope, arguments.project, frozenset(arguments.images), arguments.network, arguments.models,
+            swarm=arguments.swarm,
         )  # fmt: skip
     except BadPolicy as error:
         print(f"socket proxy: {error}", file=sys.stderr)

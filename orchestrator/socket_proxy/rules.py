@@ -33,6 +33,10 @@ LABELS = frozenset(
     f"espalier.{key}" for key in ("scope", "testbed", "service", "replica", "node", "generation", "specification")
 ) | frozenset(f"com.docker.compose.{key}" for key in ("project", "service", "container-number", "oneoff"))
 """The labels of a stage's container: these, all of them, and no other."""
+SERVICE_LABELS = frozenset(
+    f"espalier.{key}" for key in ("scope", "testbed", "service", "replica", "node", "generation", "specification", "cpus")
+) | {"com.docker.stack.namespace"}
+"""The labels of a stage's service in a Swarm: as above."""
 EVENTS = frozenset({"start", "die", "destroy"})
 
 _INT64 = (1 << 63) - 1
@@ -40,6 +44,8 @@ _NAME = r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}"
 _IMAGE = r"[a-z0-9][a-z0-9._/-]{0,127}:[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127}"
 _IMAGE_ID = r"sha256:[0-9a-f]{64}"
 _FULL_ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_SERVICE_ID = re.compile(r"[0-9a-z]{25}", re.ASCII)
+_ON_A_BOX = rf"node\.(hostname|labels\.espalier\.node)=={_NAME}"
 # 20.10 speaks 1.41. In older versions of the API what a body leaves unsaid means other things (an IPC namespace to share).
 _VERSION = r"(?P<version>/v1\.(?:4[1-9]|[5-9][0-9]))?"
 
@@ -61,6 +67,8 @@ class Policy:
     network: str
     models: str
     """A volume's name, or an absolute path of the host, to be mounted read-only."""
+    swarm: bool = False
+    """Whether stages are services of a Swarm, and the project is a stack: then no container may be made or touched."""
 
     def __post_init__(self) -> None:
         named = {"scope": self.scope, "project": self.project, "network": self.network}
@@ -91,8 +99,10 @@ class Call:
     inspection: str | None = None
     """Path of the inspection whose answer `within` must see before this call may be made; the same as `path` where the call
     is that inspection."""
-    of: Literal["container", "image"] = "container"
+    of: Literal["container", "image", "service"] = "container"
     """What is inspected."""
+    to_none: bool = False
+    """Whether the body is the service as it was inspected, but scaled to none."""
     streams: bool = False
     """Whether the answer goes on until one side has had enough."""
 
@@ -225,6 +235,134 @@ def _container(policy: Policy, body: bytes) -> _Container:
         if given != allowed:
             raise _NotAllowed(f"{place}: must be {allowed}")
     return container
+
+
+# -- the body of POST /services/create --------------------------------------------------------------------------------------
+
+
+class _TmpfsOptions(_Strict):
+    SizeBytes: Annotated[int, Field(ge=64 << 20, le=64 << 20)]
+    Mode: Annotated[int, Field(ge=0o1777, le=0o1777)]
+
+
+class _TmpfsMount(_Strict):
+    Type: Literal["tmpfs"]
+    Target: Literal["/tmp"]
+    TmpfsOptions: _TmpfsOptions
+
+
+class _ContainerSpec(_Strict):
+    Image: str
+    Args: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)]
+    User: Literal["10001:10001"]
+    Labels: dict[str, str]
+    StopSignal: Literal["SIGTERM"]
+    StopGracePeriod: Annotated[int, Field(ge=0, le=_INT64)]
+    Init: _True
+    ReadOnly: _True
+    CapabilityDrop: Annotated[list[Literal["ALL"]], _Just]
+    Mounts: tuple[_Mount, _TmpfsMount]
+
+
+class _Limits(_Strict):
+    NanoCPUs: Annotated[int, Field(gt=0, le=_INT64)]
+    MemoryBytes: Annotated[int, Field(gt=0, le=_INT64)]
+    Pids: Annotated[int, Field(ge=256, le=256)]
+
+
+class _Discrete(_Strict):
+    Kind: Literal["NVIDIA-GPU"]
+    Value: Annotated[int, Field(ge=1, le=64)]
+
+
+class _Generic(_Strict):
+    DiscreteResourceSpec: _Discrete
+
+
+class _Reservations(_Strict):
+    GenericResources: Annotated[list[_Generic], _Just]
+
+
+class _Resources(_Strict):
+    Limits: _Limits
+    Reservations: _Reservations | None = None
+
+
+class _Restart(_Strict):
+    Condition: Literal["none"]
+
+
+class _Placement(_Strict):
+    Constraints: Annotated[list[Annotated[str, Field(pattern=f"^{_ON_A_BOX}$")]], _Just]
+
+
+class _Attached(_Strict):
+    Target: str
+
+
+class _LogDriver(_Strict):
+    Name: Literal["json-file"]
+    Options: _LogOptions
+
+
+class _TaskTemplate(_Strict):
+    ContainerSpec: _ContainerSpec
+    Resources: _Resources
+    RestartPolicy: _Restart
+    Placement: _Placement
+    Networks: Annotated[list[_Attached], _Just]
+    LogDriver: _LogDriver
+
+
+class _Replicated(_Strict):
+    Replicas: Annotated[int, Field(ge=1, le=1)]
+
+
+class _Mode(_Strict):
+    Replicated: _Replicated
+
+
+class _Endpoint(_Strict):
+    Mode: Literal["dnsrr"]
+
+
+class _Service(_Strict):
+    Name: str
+    Labels: dict[str, Annotated[str, Field(max_length=256), AfterValidator(_is_printable)]]
+    TaskTemplate: _TaskTemplate
+    Mode: _Mode
+    EndpointSpec: _Endpoint
+    Networks: None = None
+    """The client says this of every service; the task's own are in its template."""
+
+
+def _service(policy: Policy, body: bytes) -> _Service:
+    """What was understood of the body, with the values of the policy checked."""
+    try:
+        # As JSON, in which a list can be a tuple; `_load` has seen that no key is there twice.
+        service = _Service.model_validate_json(json.dumps(_load(body)))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise _NotAllowed(f"{_place(first['loc'])}: {first['msg']}") from None
+    container, labels = service.TaskTemplate.ContainerSpec, service.Labels
+    mount = container.Mounts[0]
+    if odd := labels.keys() ^ SERVICE_LABELS:
+        raise _NotAllowed(f"Labels: {min(odd)} is {'missing' if min(odd) in SERVICE_LABELS else 'not allowed'}")
+    if container.Image not in policy.images and not re.fullmatch(_IMAGE_ID, container.Image, re.ASCII):
+        raise _NotAllowed(f"Image: must be {' or '.join(sorted(policy.images))}, or the id of one")
+    _name(policy, service.Name)
+    fixed = {
+        f"Labels.{SCOPE_LABEL}": (labels[SCOPE_LABEL], policy.scope),
+        "Labels.com.docker.stack.namespace": (labels["com.docker.stack.namespace"], policy.project),
+        "ContainerSpec.Labels": (container.Labels, labels),
+        "ContainerSpec.Mounts.0.Type": (mount.Type, "bind" if policy.models.startswith("/") else "volume"),
+        "ContainerSpec.Mounts.0.Source": (mount.Source, policy.models),
+        "Networks.0.Target": (service.TaskTemplate.Networks[0].Target, policy.network),
+    }
+    for place, (given, allowed) in fixed.items():
+        if given != allowed:
+            raise _NotAllowed(f"{place}: must be {allowed}")
+    return service
 
 
 def _load(text: bytes | str) -> Any:
@@ -424,6 +562,87 @@ def _remove(_: Policy, request: _Request) -> Call:
     return Call("DELETE", f"{request.version}/containers/{{id}}", query, inspection=_inspection(request))
 
 
+# -- routes of a Swarm ------------------------------------------------------------------------------------------------------
+
+
+def _swarm_events(_: Policy, request: _Request) -> Call:
+    query = request.parameters({"filters": _swarm_filters}, frozenset({"filters"}))
+    return Call("GET", f"{request.version}/events", query, streams=True)
+
+
+def _swarm_filters(value: str) -> str:
+    """Events of boxes and of services, which tell names and nothing more, and no others."""
+    given = _load(value)
+    if not isinstance(given, dict) or given.keys() != {"type"}:
+        raise _NotAllowed("must be by type, and by nothing else")
+    return json.dumps({"type": _values("type", given["type"], frozenset({"node", "service"}))})
+
+
+def _of_scope(policy: Policy, request: _Request) -> Call:
+    """A list of services, or of their tasks."""
+    filters = partial(_filters, policy, {}, frozenset())
+    query = request.parameters({"filters": filters}, frozenset({"filters"}))
+    return Call("GET", request.version + request.path, query)
+
+
+def _network(policy: Policy, request: _Request) -> Call:
+    if request.subject != policy.network:
+        raise _NotAllowed(f"of networks only {policy.network} may be looked at")
+    return Call("GET", request.version + request.path, request.parameters({}))
+
+
+def _create_service(policy: Policy, request: _Request) -> Call:
+    service = _service(policy, request.body)
+    body = service.model_dump_json(by_alias=True, exclude_unset=True).encode()
+    image = service.TaskTemplate.ContainerSpec.Image
+    inspection = None if image in policy.images else f"{request.version}/images/{image}/json"
+    return Call("POST", f"{request.version}/services/create", request.parameters({}), body, inspection, "image")
+
+
+def _inspect_service(_: Policy, request: _Request) -> Call:
+    path = f"{request.version}/services/{request.subject}"
+    return Call("GET", path, request.parameters({}), inspection=path, of="service")
+
+
+def _scale_service(_: Policy, request: _Request) -> Call:
+    """To none: the one update there is. Of the body nothing is sent on, for the service is known from its inspection."""
+    query = request.parameters({"version": _version}, frozenset({"version"}))
+    wanted = _load(request.body)
+    mode = wanted.get("Mode") if isinstance(wanted, dict) else None
+    if mode != {"Replicated": {"Replicas": 0}}:
+        raise _NotAllowed("a service may be scaled to none, and not be changed")
+    inspection = f"{request.version}/services/{request.subject}"
+    return Call(
+        "POST", f"{request.version}/services/{{id}}/update", query, inspection=inspection, of="service", to_none=True
+    )  # fmt: skip
+
+
+def _remove_service(_: Policy, request: _Request) -> Call:
+    inspection = f"{request.version}/services/{request.subject}"
+    query = request.parameters({})
+    return Call("DELETE", f"{request.version}/services/{{id}}", query, inspection=inspection, of="service")
+
+
+def _service_logs(_: Policy, request: _Request) -> Call:
+    allowed: dict[str, Parameter] = {
+        "stdout": _flag, "stderr": _flag, "timestamps": _flag, "details": _off, "follow": _off, "since": _since, "tail": _lines,
+    }  # fmt: skip
+    query = request.parameters(allowed, frozenset({"tail"}))
+    inspection = f"{request.version}/services/{request.subject}"
+    return Call("GET", f"{request.version}/services/{{id}}/logs", query, inspection=inspection, of="service")
+
+
+def _version(value: str) -> str:
+    if not re.fullmatch(r"[0-9]{1,19}", value, re.ASCII):
+        raise _NotAllowed("must be a number")
+    return value
+
+
+def _since(value: str) -> None:
+    if value != "0":
+        raise _NotAllowed("must be 0")
+
+
 def _inspection(request: _Request) -> str:
     return f"{request.version}/containers/{request.subject}/json"
 
@@ -447,6 +666,27 @@ _ROUTES: tuple[tuple[str, re.Pattern[str], _Rule], ...] = tuple(
 )
 
 
+_SWARM_ROUTES: tuple[tuple[str, re.Pattern[str], _Rule], ...] = tuple(
+    (method, re.compile(_VERSION + f"(?P<path>{path})", re.ASCII), rule)
+    for method, path, rule in (
+        ("GET", "/_ping", _without_parameters),
+        ("GET", "/version", _without_parameters),
+        ("GET", "/events", _swarm_events),
+        ("GET", "/nodes", _without_parameters),
+        ("GET", "/services", _of_scope),
+        ("GET", "/tasks", _of_scope),
+        ("GET", f"/networks/(?P<subject>{_NAME})", _network),
+        ("GET", f"/images/(?P<subject>{_IMAGE}|{_IMAGE_ID})/json", _image),
+        ("POST", "/services/create", _create_service),
+        ("GET", f"/services/(?P<subject>{_NAME})", _inspect_service),
+        ("GET", f"/services/(?P<subject>{_NAME})/logs", _service_logs),
+        ("POST", f"/services/(?P<subject>{_NAME})/update", _scale_service),
+        ("DELETE", f"/services/(?P<subject>{_NAME})", _remove_service),
+    )
+)
+_WITH_BODY = frozenset({_create, _create_service, _scale_service})
+
+
 def judge(policy: Policy, method: str, path: str, query: str, body: bytes) -> Call | Refusal:
     """What to send to the engine for a request, if anything.
 
@@ -458,9 +698,9 @@ def judge(policy: Policy, method: str, path: str, query: str, body: bytes) -> Ca
         body: the whole of it.
     """
     try:
-        for verb, pattern, rule in _ROUTES:
+        for verb, pattern, rule in _SWARM_ROUTES if policy.swarm else _ROUTES:
             if verb == method and (found := pattern.fullmatch(path)):
-                if body and rule is not _create:
+                if body and rule not in _WITH_BODY:
                     raise _NotAllowed("this call has no body")
                 parts = found.groupdict()
                 return rule(policy, _Request(parts["version"] or "", parts["path"], parts.get("subject", ""), query, body))
@@ -472,8 +712,9 @@ def judge(policy: Policy, method: str, path: str, query: str, body: bytes) -> Ca
 def within(policy: Policy, call: Call, inspected: bytes) -> Call | Refusal:
     """The call, if what it is about may be touched.
 
-    A container must carry our scope's label; its full id is put into the path. An image must carry the label of a stage's.
-    Labels never change and full ids are never used again, so what was inspected is what will be acted on.
+    A container or service must carry our scope's label; its full id is put into the path. An image must carry the label of a
+    stage's. Full ids are never used again, and labels never change but by whoever is at the engine itself, so what was
+    inspected is what will be acted on.
 
     Args:
         policy: what is allowed.
@@ -482,7 +723,8 @@ def within(policy: Policy, call: Call, inspected: bytes) -> Call | Refusal:
     """
     try:
         found = json.loads(inspected)
-        full_id, labels = found["Id"], found["Config"]["Labels"] or {}
+        spec = found["Spec"] if call.of == "service" else found["Config"]
+        full_id, labels = found["ID" if call.of == "service" else "Id"], spec["Labels"] or {}
         scope, kind = labels.get(SCOPE_LABEL), labels.get(IMAGE_LABEL)
     except (ValueError, KeyError, TypeError, AttributeError):
         return Refusal(f"the engine's inspection of the {call.of} could not be read")
@@ -490,11 +732,13 @@ def within(policy: Policy, call: Call, inspected: bytes) -> Call | Refusal:
         if isinstance(kind, str) and kind in STAGE_IMAGES:
             return call
         return Refusal(f"the image does not carry the label {IMAGE_LABEL} of a stage's")
-    if not isinstance(full_id, str) or not _FULL_ID.fullmatch(full_id):
-        return Refusal("the engine's inspection of the container has no full id")
+    pattern = _SERVICE_ID if call.of == "service" else _FULL_ID
+    if not isinstance(full_id, str) or not pattern.fullmatch(full_id):
+        return Refusal(f"the engine's inspection of the {call.of} has no full id")
     if scope != policy.scope:
-        return Refusal(f"the container does not carry the label {SCOPE_LABEL}={policy.scope}")
-    return replace(call, path=call.path.replace("{id}", full_id))
+        return Refusal(f"the {call.of} does not carry the label {SCOPE_LABEL}={policy.scope}")
+    body = json.dumps({**spec, "Mode": {"Replicated": {"Replicas": 0}}}).encode() if call.to_none else call.body
+    return replace(call, path=call.path.replace("{id}", full_id), body=body)
 
 
 def _printable(reason: str) -> str:
