@@ -256,6 +256,13 @@ def _models(*arguments: str) -> None:
 )
 @click.option("--engine-network", help="Network of the containers: under swarm an overlay that this machine is attached to.")
 @click.option("--engine-models", help="Volume or directory with the models on every box [default: that of this machine].")
+@click.option(
+    "--orchestrators",
+    type=click.IntRange(1, 5),
+    default=1,
+    show_default=True,
+    help="More than one: the others wait, and one takes over when the one that leads is gone.",
+)
 @click.option("--engine-image", help="Image of the stages' containers [default: espalier/stage of this version].")
 @click.option("--stage-module", hidden=True, envvar="ESPALIER_STAGE_MODULE")
 @click.option("--gateway-module", hidden=True, envvar="ESPALIER_GATEWAY_MODULE")
@@ -267,6 +274,7 @@ def up(
     url: str | None,
     detach: bool,
     limit: float,
+    orchestrators: int,
     output: str,
     **daemon: str | None,
 ) -> None:
@@ -283,8 +291,10 @@ def up(
             status = _with_progress(lambda show: lifecycle.update(client, loaded, limit, show))
     else:
         words = [word for name, value in daemon.items() if value for word in (f"--{name.replace('_', '-')}", value)]
-        start = lifecycle.Start(testbed, models_dir, tuple(words))
+        start = lifecycle.Start(testbed, models_dir, tuple(words), orchestrators)
         if not detach:
+            if orchestrators > 1:
+                raise click.UsageError("--foreground stays with one orchestrator; leave it out, or leave out --orchestrators")
             os.execve(sys.executable, start.argv(state), children.environment(lifecycle.ROOT))
         status = _with_progress(lambda show: lifecycle.bring_up(start, loaded, state, limit, show))
     gateway = status["gateway"]["url"]

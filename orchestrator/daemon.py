@@ -3,7 +3,8 @@
     python -m orchestrator.daemon TESTBED --state-dir DIR --models-dir DIR
 
 SIGTERM ends the orchestrator and leaves the data plane running, for a successor to adopt. SIGINT, and `POST /v1/shutdown`,
-drain and stop everything first.
+drain and stop everything first. With `--lease` it is one of several: it waits until it leads (`orchestrator.lease`), then takes
+up what the one before it left, as any successor does.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from orchestrator import app, survey
 from orchestrator import plan as plans
 from orchestrator import testbed as testbeds
 from orchestrator.control import GATEWAY_MODULE, STAGE_MODULE, Orchestrator, Settings
-from orchestrator.errors import EspalierError, SetupFailed
+from orchestrator.errors import EspalierError, RunFailed, SetupFailed
+from orchestrator.lease import FileStore, Lease, Over
 from orchestrator.plan import Plan
 from orchestrator.runtimes.containers import EngineOptions
-from orchestrator.state_dir import Daemon, StateDir
+from orchestrator.state_dir import LEASE, Daemon, StateDir
 from orchestrator.testbed import Loaded
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 VERSION = importlib.metadata.version("espalier")
 HOST = "127.0.0.1"
 INTERRUPTED = 130
+KILLED_S = 5.0
+"""A killed process is gone within this time [s]."""
 UPDATE_LIMIT_S = 600.0
 """For a testbed file that changed while no orchestrator was up [s]."""
 
@@ -52,31 +56,79 @@ class _Server(uvicorn.Server):
 
 async def serve(arguments: argparse.Namespace) -> int:
     """Run the orchestrator until it is told to end; returns the exit status."""
-    given = testbeds.load(arguments.testbed)
     state = StateDir(arguments.state_dir)
     state.root.mkdir(parents=True, exist_ok=True)
+    if not arguments.lease:
+        return await _lead(arguments, state, None)
+    lease = Lease(FileStore(state.lease), f"{socket.gethostname()}-{os.getpid()}")
+    with _recorded_as_waiting(state, testbeds.load(arguments.testbed)):
+        try:
+            await lease.take()
+        except Over:
+            log.info("the testbed was taken down; nothing is left to wait for")
+            return 0
+    holding = asyncio.create_task(lease.hold())
+    try:
+        return await _lead(arguments, state, holding)
+    finally:
+        holding.cancel()
+        # Whoever ended it all has cleared the state directory: then nobody is to begin again.
+        await lease.release(over=state.read_daemon() is None)
+
+
+@contextlib.contextmanager
+def _recorded_as_waiting(state: StateDir, given: Loaded) -> Iterator[None]:
+    path = state.save_waiting(_this(given, ""))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _this(given: Loaded, url: str) -> Daemon:
+    this = psutil.Process()
+    return Daemon(
+        pid=this.pid, create_time=this.create_time(), argv=tuple(this.cmdline()), url=url,
+        testbed=given.testbed.name, sha256=given.sha256,
+    )  # fmt: skip
+
+
+async def _lead(arguments: argparse.Namespace, state: StateDir, holding: asyncio.Task[None] | None) -> int:
+    """Run the testbed; `holding` ends when somebody else is to do so."""
+    given = testbeds.load(arguments.testbed)
     before = state.read_daemon()
     if before is not None and before.is_alive():
-        raise SetupFailed(f"testbed {before.testbed} is up already (process {before.pid}); end it with espalier down")
+        if holding is None or not before.one_of_several:
+            raise SetupFailed(f"testbed {before.testbed} is up already (process {before.pid}); end it with espalier down")
+        await _put_down(before)
     plan = _in_force(state, arguments.models_dir) or plans.make(given, arguments.models_dir)
     in_force = plan.loaded
     plan = await survey.settled(plan)
     with _listen(arguments.host, arguments.port or given.testbed.control.port, before) as listener:
         url = f"http://{HOST}:{listener.getsockname()[1]}"
         orchestrator = Orchestrator(plan, state, _settings(arguments, url, state.scope(given.testbed.name), given.testbed.name))
-        this = psutil.Process()
-        state.save_daemon(
-            Daemon(
-                pid=this.pid, create_time=this.create_time(), argv=tuple(this.cmdline()), url=url,
-                testbed=given.testbed.name, sha256=given.sha256,
-            )
-        )  # fmt: skip
+        state.save_daemon(_this(given, url))
         if in_force is given:
             state.keep_testbed(given.text)
         # A file that was changed while nobody looked is an update like any other: it can be rolled back. A file that has
         # not changed since is older than what is in force, which then came by `espalier up`.
         changed = before is not None and given.sha256 not in (before.sha256, in_force.sha256)
-        return await _run(orchestrator, listener, given if changed else None)
+        if holding is not None:
+            holding.add_done_callback(lambda _: orchestrator.end(stop_all=False))
+        code = await _run(orchestrator, listener, given if changed else None)
+    if holding is not None and holding.done():
+        raise RunFailed("another orchestrator leads; everything was left to it")
+    return code
+
+
+async def _put_down(before: Daemon) -> None:
+    """End one that has lost its lease and has not noticed: it hangs, and must not go on when it wakes up."""
+    log.warning("orchestrator %d leads no more, but is still there; killed", before.pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(before.pid, signal.SIGKILL)
+    async with asyncio.timeout(KILLED_S):
+        while before.is_alive():  # noqa: ASYNC110 - nothing would set an event
+            await asyncio.sleep(0.01)
 
 
 def _in_force(state: StateDir, models_dir: Path) -> Plan | None:
@@ -174,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URL|announced",
         help="a gateway that somebody else keeps running, or those that ask for the routes (default: keep one here)",
     )
+    parser.add_argument(LEASE, action="store_true", help="one of several: wait until it leads")
     parser.add_argument("--prometheus", metavar="URL", help="server to observe through (default: ask every replica itself)")
     parser.add_argument("--runtime", choices=["processes", "engine", "swarm"], default="processes", help="what replicas are")
     engine = parser.add_argument_group(

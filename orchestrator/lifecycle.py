@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -13,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.client import Client, connect
-from orchestrator.errors import RunFailed, SetupFailed
+from orchestrator.errors import RunFailed, SetupFailed, UsageError
 from orchestrator.runtimes import child as children
 from orchestrator.runtimes import engine, swarm
 from orchestrator.runtimes.child import Identity
 from orchestrator.runtimes.driver import Unreachable
 from orchestrator.runtimes.records import Records
-from orchestrator.state_dir import Daemon, StateDir
+from orchestrator.state_dir import LEASE, Daemon, StateDir
 from orchestrator.testbed import Loaded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,11 +43,14 @@ class Start:
     models_dir: Path
     options: tuple[str, ...] = ()
     """Further options of `orchestrator.daemon`."""
+    orchestrators: int = 1
+    """How many; all but one wait until it is their turn."""
 
     def argv(self, state: StateDir) -> list[str]:
         """Command line of the orchestrator process."""
         places = ["--state-dir", str(state.root), "--models-dir", str(self.models_dir)]
-        return [sys.executable, "-m", "orchestrator.daemon", str(self.testbed), *places, *self.options]
+        several = [LEASE] if self.orchestrators > 1 else []
+        return [sys.executable, "-m", "orchestrator.daemon", str(self.testbed), *places, *several, *self.options]
 
 
 def bring_up(
@@ -71,8 +76,12 @@ def bring_up(
     end = time.monotonic() + limit_s
     daemon = state.read_daemon()
     if daemon is not None and daemon.is_alive():
+        if start.orchestrators > 1 and not daemon.one_of_several:
+            raise UsageError("its orchestrator was started as the only one; take it down first (espalier down)")
         with connect(state) as client:
-            return update(client, loaded, limit_s, show)
+            status = update(client, loaded, limit_s, show)
+        _launch_waiting(start, loaded, state)
+        return status
     process = _launch(start, state, fresh=daemon is None)
     with _connected(state, process, end) as client:
         try:
@@ -88,7 +97,21 @@ def bring_up(
             _wait_for_end_of(process)
             _check(process, state)
             raise SetupFailed(f"{error}; logs are in {state.root}; espalier down removes what runs") from None
+    _launch_waiting(start, loaded, state)
     return _updated(status)
+
+
+def _launch_waiting(start: Start, loaded: Loaded, state: StateDir) -> None:
+    """Start as many more orchestrators as there should be."""
+    for _ in range(len(state.read_waiting()), start.orchestrators - 1):
+        process = _launch(start, state, fresh=False)
+        # They write this down themselves, but not before `down` may look for them.
+        state.save_waiting(
+            Daemon(
+                pid=process.pid, create_time=process.create_time, argv=process.argv, url="",
+                testbed=loaded.testbed.name, sha256=loaded.sha256,
+            )
+        )  # fmt: skip
 
 
 def update(client: Client, loaded: Loaded, limit_s: float, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -131,6 +154,10 @@ def take_down(state: StateDir) -> int:
     Raises:
         RunFailed: the orchestrator did not end in time, or its containers cannot be reached.
     """
+    # First those that would take over.
+    for waiting in state.read_waiting():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(waiting.pid, signal.SIGTERM)
     daemon = state.read_daemon()
     if daemon is not None and daemon.is_alive():
         try:

@@ -2,6 +2,7 @@
 
 In it lie
 
+    lease.json          which orchestrator leads, where several were started; waiting/ has a record of each that does not
     orchestrator.json   the orchestrator: process, address, testbed; kept after its end for the port
     orchestrator.log    its log
     testbed.yaml        the testbed file in force: the last one that came up whole
@@ -28,6 +29,9 @@ from orchestrator.runtimes import child as children
 from orchestrator.runtimes.child import Identity
 from services.dataplane.document import Document, keep
 
+LEASE = "--lease"
+"""Option of an orchestrator that is one of several."""
+
 
 class Daemon(Document):
     """An orchestrator process."""
@@ -39,6 +43,11 @@ class Daemon(Document):
     testbed: str
     sha256: str
     """Of the testbed file it was started with; the one in force may be another (`espalier up` again)."""
+
+    @property
+    def one_of_several(self) -> bool:
+        """Whether it leads only as long as it holds the lease."""
+        return LEASE in self.argv
 
     @property
     def identity(self) -> Identity:
@@ -60,6 +69,32 @@ class StateDir:
     def daemon(self) -> Path:
         """Record of the orchestrator."""
         return self.root / "orchestrator.json"
+
+    @property
+    def lease(self) -> Path:
+        """Which orchestrator leads."""
+        return self.root / "lease.json"
+
+    @property
+    def waiting(self) -> Path:
+        """Records of orchestrators that wait for it."""
+        return self.root / "waiting"
+
+    def save_waiting(self, daemon: Daemon) -> Path:
+        """Write the record of an orchestrator that waits; returns where."""
+        path = self.waiting / f"{daemon.pid}.json"
+        keep(path, daemon.model_dump_json())
+        return path
+
+    def read_waiting(self) -> list[Daemon]:
+        """The orchestrators that wait for the lease."""
+        found = []
+        for path in self.waiting.glob("*.json"):
+            try:
+                found.append(Daemon.model_validate_json(path.read_bytes()))
+            except (FileNotFoundError, ValidationError):
+                continue
+        return [daemon for daemon in found if daemon.is_alive()]
 
     @property
     def log(self) -> Path:
@@ -119,5 +154,5 @@ class StateDir:
         """Forget a testbed that is down, but for its logs, its decisions and the version of its routes."""
         for path in (self.daemon, self.testbed, self.images, self.orders, self.gateway_routes):
             path.unlink(missing_ok=True)
-        for directory in ("replicas", "gateways"):
+        for directory in ("replicas", "gateways", "waiting"):
             shutil.rmtree(self.root / directory, ignore_errors=True)
