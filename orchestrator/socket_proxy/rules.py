@@ -601,7 +601,9 @@ def _create_service(policy: Policy, request: _Request) -> Call:
 
 def _inspect_service(_: Policy, request: _Request) -> Call:
     path = f"{request.version}/services/{request.subject}"
-    return Call("GET", path, request.parameters({}), inspection=path, of="service")
+    # The client asks for defaults before an update; of what it then sends nothing is taken.
+    request.parameters({"insertDefaults": _flag})
+    return Call("GET", path, inspection=path, of="service")
 
 
 def _scale_service(_: Policy, request: _Request) -> Call:

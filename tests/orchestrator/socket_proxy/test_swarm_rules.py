@@ -113,6 +113,7 @@ def test_a_service_of_ours_is_scaled_to_none_and_stays_as_it_is() -> None:
     [
         ("DELETE", f"/v1.41/services/{SERVICE}", ""),
         ("GET", f"/v1.41/services/{SERVICE}", ""),
+        ("GET", f"/v1.41/services/{SERVICE}", "insertDefaults=True"),
         ("GET", f"/v1.41/services/{SERVICE}/logs", "stdout=1&stderr=1&details=False&follow=False&since=0&tail=20"),
     ],
 )
