@@ -392,6 +392,26 @@ def restart(client: clients.Client, service: str | None, everything: bool, wait:
         _wait_until_settled(client, [service] if service else list(client.status()["services"]), limit)
 
 
+@main.command()
+@_orchestrator
+@click.argument("node")
+@click.option("--wait", is_flag=True, help="Until nothing is left on it.")
+@click.option("--limit", type=click.FloatRange(min=0), default=300.0, show_default=True, help="Longest wait [s].")
+def drain(client: clients.Client, node: str, wait: bool, limit: float) -> None:
+    """Empty NODE: what runs there is started elsewhere first, and no task is lost. It stays empty until `undrain`."""
+    client.drain(node)
+    if wait:
+        _with_progress(lambda show: [show(s) for s in client.watch(limit, lambda s: not s["nodes"][node]["replicas"])])
+
+
+@main.command()
+@_orchestrator
+@click.argument("node")
+def undrain(client: clients.Client, node: str) -> None:
+    """Use NODE again, as far as it is worth a move."""
+    client.undrain(node)
+
+
 def _wait_until_settled(client: clients.Client, services: list[str], limit_s: float) -> None:
     def settled(status: dict[str, Any]) -> bool:
         return all(status["services"][service]["settled"] for service in services)

@@ -40,6 +40,12 @@ class LetOut(Document):
     replica: str = Field(max_length=256)
 
 
+class Drain(Document):
+    """`POST /v1/drain` and `POST /v1/undrain`."""
+
+    node: str = Field(max_length=256)
+
+
 class Restart(Document):
     """`POST /v1/restart`."""
 
@@ -91,6 +97,12 @@ class Controls(Protocol):
 
     def update(self, text: str, name: str, limit_s: float) -> None:
         """Begin to replace the testbed by another version of it."""
+
+    def drain(self, node: str) -> None:
+        """Order that a node be emptied, and stay so."""
+
+    def undrain(self, node: str) -> None:
+        """Take that back."""
 
     async def probe(self, a: str, b: str) -> dict[str, Any]:
         """Measure the link between two nodes."""
@@ -152,6 +164,16 @@ def build(controls: Controls) -> FastAPI:
     @app.post("/v1/update", status_code=202)
     async def update(order: Update) -> JSONResponse:
         controls.update(order.testbed, order.name, order.limit)
+        return JSONResponse({"accepted": True}, 202)
+
+    @app.post("/v1/drain", status_code=202)
+    async def drain(order: Drain) -> JSONResponse:
+        controls.drain(order.node)
+        return JSONResponse({"accepted": True}, 202)
+
+    @app.post("/v1/undrain", status_code=202)
+    async def undrain(order: Drain) -> JSONResponse:
+        controls.undrain(order.node)
         return JSONResponse({"accepted": True}, 202)
 
     @app.post("/v1/probe")

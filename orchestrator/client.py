@@ -45,6 +45,14 @@ class Client:
         """`POST /v1/update`."""
         self._ask("POST", "/v1/update", {"testbed": text, "name": name, "limit": limit_s})
 
+    def drain(self, node: str) -> None:
+        """`POST /v1/drain`."""
+        self._ask("POST", "/v1/drain", {"node": node})
+
+    def undrain(self, node: str) -> None:
+        """`POST /v1/undrain`."""
+        self._ask("POST", "/v1/undrain", {"node": node})
+
     def probe(self, a: str, b: str) -> dict[str, Any]:
         """`POST /v1/probe`."""
         found: dict[str, Any] = self._ask("POST", "/v1/probe", {"between": [a, b]}, PROBE_S).json()

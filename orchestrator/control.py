@@ -10,25 +10,26 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from orchestrator import plan as plans
+from orchestrator import presence, survey
 from orchestrator import probe as probes
-from orchestrator import survey
 from orchestrator import testbed as testbeds
 from orchestrator.core import Placement, Target
 from orchestrator.decision_log import DecisionLog, Origin
-from orchestrator.errors import Conflict, EspalierError, UsageError
+from orchestrator.errors import Conflict, EspalierError, Infeasible, UsageError
 from orchestrator.gateways import Gateways
 from orchestrator.given_gateway import GivenGateway
 from orchestrator.metrics import Metrics
 from orchestrator.orders import Orders
 from orchestrator.plan import Plan
+from orchestrator.presence import Presence
 from orchestrator.rollout import Progress, Rollout, Standing
 from orchestrator.routes import Caller, Publisher
 from orchestrator.runner import Runner
@@ -53,6 +54,8 @@ log = logging.getLogger(__name__)
 
 STAGE_MODULE, GATEWAY_MODULE = "services.stage", "services.gateway"
 ANNOUNCED = "announced"
+LOOK_S = 0.25
+"""Time between two looks at which nodes are there [s]."""
 ROOT = Path(__file__).resolve().parents[1]
 """Where the package lies, for the processes we start."""
 
@@ -94,6 +97,10 @@ class Orchestrator:
         self._gateways = Gateways(self._publisher.heard, self._publisher.forget, self._make_gateway())
         self._telemetry = Live(self._gateways.endpoints, settings.prometheus_url, lambda: self._testbed.control.stale_after)
         self._runner = self._make_runner()
+        self._presence = Presence()
+        self._placed_without: frozenset[str] = frozenset()
+        """Nodes that the core services are placed without."""
+        self._relocating: asyncio.Task[None] | None = None
         self._probing = asyncio.Lock()
         self._rollout: Rollout | None = None
         self._rolling: asyncio.Task[None] | None = None
@@ -112,18 +119,22 @@ class Orchestrator:
         """
         adopted = await self._runtime.adopt()
         log.info("testbed %s: %d replicas adopted", self._testbed.name, adopted)
+        if absent := self._runtime.nodes_down | self._emptied:
+            self._take(replace(self._plan, absent=absent))
         loop: asyncio.Task[None] | None = None
+        watch: asyncio.Task[None] | None = None
         try:
             # Before any replica is started: a port that is taken must leave nothing behind.
             await self._gateways.open()
             loop = asyncio.create_task(self._runner.run())
+            watch = asyncio.create_task(self._watch_nodes())
             if update is None and self._runtime.has_news:
                 update = self._plan.loaded
             if update is not None:
                 self._update_at_start(update, limit_s)
             await self._end.wait()
         finally:
-            tasks = [task for task in (loop, self._rolling) if task is not None]
+            tasks = [task for task in (loop, watch, self._relocating, self._rolling) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -158,6 +169,52 @@ class Orchestrator:
         """Somebody pressed Ctrl-C: drain and stop everything."""
         self.interrupted = True
         self.end(stop_all=True)
+
+    # --- nodes that come and go ------------------------------------------------------------------------------------------
+
+    async def _watch_nodes(self) -> None:
+        """Until cancelled: see which nodes are there, and go over to a plan without the others, or with them again."""
+        while True:
+            self._look_at_nodes()
+            await asyncio.sleep(LOOK_S)
+
+    def _look_at_nodes(self) -> None:
+        # While nobody knows what runs, nobody knows where.
+        if self._runtime.problem is None:
+            control = self._testbed.control
+            rules = presence.Rules(control.node_grace, control.node_return)
+            self._presence = presence.step(self._presence, time.monotonic(), self._runtime.nodes_down, rules)
+        if any(task is not None and not task.done() for task in (self._rolling, self._relocating)):
+            return
+        absent, without = self._presence.absent | self._emptied, self._presence.away | self._emptied
+        if (absent, without) != (self._plan.absent, self._placed_without):
+            self._relocating = asyncio.create_task(self._relocate(absent, without))
+
+    @property
+    def _emptied(self) -> frozenset[str]:
+        """Nodes that are there, and are to be emptied."""
+        return (self._runtime.nodes_leaving | self._orders.drained) & self._testbed.nodes.keys()
+
+    async def _relocate(self, absent: frozenset[str], without: frozenset[str]) -> None:
+        """Go over to a plan with nothing on `absent`, and core services placed as if `without` were not there."""
+        plan = self._plan
+        if without != self._placed_without:
+            plan = await self._settled_plan(replace(plan, placed={}, absent=without))
+        plan = replace(plan, absent=absent)
+        log.info("nodes: %s", f"nothing on {', '.join(sorted(absent))}" if absent else "all are there")
+        self._placed_without = without
+        self._take(plan, self._begin(plan))
+
+    def _begin(self, plan: Plan) -> Placement | None:
+        """What is wanted, on the nodes of a plan: where its policy begins. None where there is no room for all of it."""
+        core = {name: target for name, target in plan.targets().items() if self._services[name].tier == "core"}
+        wanted = {**self._wanted(), **{name: target for name, target in core.items() if name not in self._orders.targets}}
+        placed = self._placed()
+        try:
+            return plan.place(wanted, placed.without(plan.absent) if placed is not None else None)
+        except Infeasible as error:
+            log.warning("nodes: not all that is wanted fits on those that are left: %s", error)
+            return None
 
     # --- app.Controls ------------------------------------------------------------------------------------------------------
 
@@ -221,7 +278,9 @@ class Orchestrator:
         """Begin to replace the testbed by another version of it; see `rollout`."""
         if self._rolling is not None and not self._rolling.done():
             raise Conflict("an update is under way; wait until it has ended (espalier status)")
-        new = plans.make(testbeds.parse(text, name), self._settings.models_dir)
+        if self._relocating is not None and not self._relocating.done():
+            raise Conflict("a node has just come or gone; try again in a moment")
+        new = replace(plans.make(testbeds.parse(text, name), self._settings.models_dir), absent=self._plan.absent)
         rollout = Rollout(
             self._plan, new, settle=self._settled_plan, take=self._take, look=self._standing, revert=self._runtime.revert
         )
@@ -248,26 +307,56 @@ class Orchestrator:
         log.info("update: %s %s", rollout.progress.state, rollout.progress.reason)
 
     async def _settled_plan(self, plan: Plan) -> Plan:
-        return await survey.settled(plan, self._placed())
+        placed = self._placed()
+        return await survey.settled(plan, placed.without(plan.absent) if placed is not None else None)
 
-    def _take(self, plan: Plan) -> None:
-        """Put a plan into force."""
+    def _take(self, plan: Plan, begin: Placement | None = None) -> None:
+        """Put a plan into force; `begin` is what its policy begins with, where that is not what runs."""
         self._plan, self._services, self._policy = plan, plan.services(), plan.policy()
         self._publisher.replan(plan.map())
         self._runtime.relaunch(self._launches(), self._services, plan.nodes())
-        self._runner.change(self._policy, prices=plan.testbed.prices(), slot_s=plan.testbed.control.slot)
+        self._runner.change(
+            self._policy,
+            prices=plan.testbed.prices(),
+            slot_s=plan.testbed.control.slot,
+            absent=plan.absent,
+            begin=begin,
+        )
 
     def _standing(self) -> Standing:
         # A standby that is let out meanwhile is where it should be: a burst must not end an update.
         unsettled = tuple(name for name in self._services if not self._settled(name, self._states(name, let_out_is_idle=True)))
         return Standing(unsettled, {place: backoff.failures for place, backoff in self._runtime.backoffs().items()})
 
-    async def probe(self, a: str, b: str) -> dict[str, Any]:
-        """Measure the link between two nodes, by replicas that run there; for a testbed file, and in each direction."""
-        for node in (a, b):
+    def drain(self, node: str) -> None:
+        """Order that a node be emptied, and stay so, if the others have room for what is wanted."""
+        self._check_nodes([node])
+        absent = self._presence.absent | self._emptied | {node}
+        if self._testbed.nodes.keys() <= absent:
+            raise UsageError(f"{node} is the last node there is, so nothing could go elsewhere")
+        plan = replace(self._plan, absent=absent)
+        placed = self._placed()
+        plan.place({**self._wanted(), **self._orders.targets}, placed.without(absent) if placed is not None else None)
+        self._orders.drain(node)
+        log.info("order: empty %s", node)
+        self._look_at_nodes()
+
+    def undrain(self, node: str) -> None:
+        """Take that back: the node is planned with again."""
+        self._check_nodes([node])
+        self._orders.undrain(node)
+        log.info("order: use %s again", node)
+        self._look_at_nodes()
+
+    def _check_nodes(self, nodes: Sequence[str]) -> None:
+        for node in nodes:
             if node not in self._testbed.nodes:
                 hint = testbeds.did_you_mean(node, self._testbed.nodes) or f"; there are {', '.join(self._testbed.nodes)}"
                 raise UsageError(f"there is no node {node!r}{hint}")
+
+    async def probe(self, a: str, b: str) -> dict[str, Any]:
+        """Measure the link between two nodes, by replicas that run there; for a testbed file, and in each direction."""
+        self._check_nodes([a, b])
         if a == b:
             raise UsageError(f"{a} is at no distance from itself; name two nodes")
         if self._probing.locked():
@@ -316,6 +405,7 @@ class Orchestrator:
             "version": self._publisher.current.version,
             "gateway": None if gateway is None else {"url": gateway.url, "state": gateway.state, "pid": gateway.pid},
             "gateways": self._gateways.status(),
+            "nodes": {name: self._node_status(name) for name in self._testbed.nodes},
             "services": services,
             "pipelines": {name: self._pipeline_status(name) for name in self._testbed.pipelines},
             "update": self._update_status(),
@@ -325,6 +415,13 @@ class Orchestrator:
                 "total": cost.total, "replicas": cost.replicas, "standby": cost.standby, "starts": cost.starts,
             },
         }  # fmt: skip
+
+    def _node_status(self, name: str) -> dict[str, Any]:
+        """Its state, `drained` where it is up and to be empty, and how many replicas it has."""
+        state: str = self._presence.state(name)
+        if state == "up" and name in self._emptied:
+            state = "drained"
+        return {"state": state, "replicas": sum(replica.node == name for replica in self._runtime.replicas())}
 
     def _update_status(self) -> dict[str, Any] | None:
         progress = self._rollout.progress if self._rollout is not None else self._refused

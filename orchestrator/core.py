@@ -6,7 +6,7 @@ survives JSON exactly (`decision_log`), so that a logged run can be decided agai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -75,6 +75,14 @@ class Placement:
     def target(self, service: str) -> Target:
         """Replicas of a service over all nodes."""
         return Target(sum(self.ready.get(service, {}).values()), sum(self.standby.get(service, {}).values()))
+
+    def without(self, nodes: Collection[str]) -> Placement:
+        """The placement with nothing on these nodes."""
+        ready, standby = (
+            {s: {n: count for n, count in row.items() if n not in nodes} for s, row in counts.items()}
+            for counts in (self.ready, self.standby)
+        )
+        return replace(self, ready=ready, standby=standby)
 
     def with_let_out(self, counts: Counts) -> Placement:
         """The placement with so many replicas more at work, each in place of a standby as far as its node has one."""
@@ -158,6 +166,33 @@ class Observation:
     pipelines: Mapping[str, PipelineObservation] = field(default_factory=dict)
     orders: Mapping[str, Target] = field(default_factory=dict)
     """Targets the operator set by hand; they outrank the testbed's."""
+
+    def without(self, nodes: Collection[str]) -> Observation:
+        """As if nothing were on these nodes, but for what it said of itself: replicas there are to be elsewhere."""
+        services = {
+            name: replace(
+                seen,
+                replicas={node: states for node, states in seen.replicas.items() if node not in nodes},
+                let_out={node: n for node, n in seen.let_out.items() if node not in nodes},
+            )
+            for name, seen in self.services.items()
+        }
+        return replace(self, services=services)
+
+    def standing_as(self, placement: Placement) -> Observation:
+        """As if what ran were this placement: where a policy that begins anew is to begin."""
+        names = {**placement.ready, **placement.standby}
+        services = {
+            name: ServiceObservation(
+                {
+                    node: {"ready": placement.ready_on(name, node), "standby": placement.standby_on(name, node)}
+                    for node in {**placement.ready.get(name, {}), **placement.standby.get(name, {})}
+                },
+                self.services[name].signal if name in self.services else None,
+            )
+            for name in names
+        }
+        return replace(self, services={**self.services, **services})
 
 
 @dataclass(frozen=True, slots=True)

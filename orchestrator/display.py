@@ -50,6 +50,8 @@ def status(document: Mapping[str, Any]) -> RenderableType:
         lines.append(f"problem: {document['problem']}")
     if document["update"]:
         lines.append(f"update: {' '.join(filter(None, (document['update']['state'], document['update']['reason'])))}")
+    if unusual := [f"{name} {node['state']}" for name, node in document["nodes"].items() if node["state"] != "up"]:
+        lines.append(f"nodes: {', '.join(unusual)}")
     if document["slots"]["failed"]:
         lines.append(f"{document['slots']['failed']} of {document['slots']['done']} slots failed; see the orchestrator's log")
     for name, service in document["services"].items():

@@ -17,6 +17,8 @@ class Kept(Document):
     targets: Mapping[str, Target] = Field(default_factory=dict)
     generations: Mapping[str, int] = Field(default_factory=dict)
     """service -> restarts ordered so far."""
+    drained: tuple[str, ...] = ()
+    """Nodes that are to be empty."""
 
 
 class Orders:
@@ -34,23 +36,36 @@ class Orders:
         """Targets set by hand."""
         return self._kept.targets
 
+    @property
+    def drained(self) -> frozenset[str]:
+        """Nodes that are to be empty."""
+        return frozenset(self._kept.drained)
+
+    def drain(self, node: str) -> None:
+        """Order that a node be emptied, and stay so."""
+        self._keep(self._kept.model_copy(update={"drained": tuple(sorted({*self._kept.drained, node}))}))
+
+    def undrain(self, node: str) -> None:
+        """Take that back; without such an order nothing changes."""
+        self._keep(self._kept.model_copy(update={"drained": tuple(n for n in self._kept.drained if n != node)}))
+
     def generation(self, service: str) -> int:
         """Restarts of a service ordered so far."""
         return self._kept.generations.get(service, 0)
 
     def scale(self, service: str, target: Target) -> None:
         """Order a number of replicas."""
-        self._keep(Kept(targets={**self._kept.targets, service: target}, generations=self._kept.generations))
+        self._keep(self._kept.model_copy(update={"targets": {**self._kept.targets, service: target}}))
 
     def release(self, service: str) -> None:
         """Take an order back; without one nothing changes."""
         left = {name: target for name, target in self._kept.targets.items() if name != service}
-        self._keep(Kept(targets=left, generations=self._kept.generations))
+        self._keep(self._kept.model_copy(update={"targets": left}))
 
     def restart(self, services: list[str]) -> None:
         """Order that every replica of these services that runs now be replaced."""
         again = {service: self.generation(service) + 1 for service in services}
-        self._keep(Kept(targets=self._kept.targets, generations={**self._kept.generations, **again}))
+        self._keep(self._kept.model_copy(update={"generations": {**self._kept.generations, **again}}))
 
     def _keep(self, kept: Kept) -> None:
         keep(self._path, kept.model_dump_json())

@@ -44,6 +44,8 @@ class Plan:
     wiring: Wiring
     placed: core.Counts = field(default_factory=dict)
     """Where core replicas go (`survey.settled`); without an entry, as many as the file says go where there is room."""
+    absent: frozenset[str] = frozenset()
+    """Nodes that nothing is placed on: those that are not there, and those that are to be emptied."""
 
     @property
     def testbed(self) -> Testbed:
@@ -56,14 +58,25 @@ class Plan:
 
     def targets(self) -> dict[str, core.Target]:
         """How many replicas of each service to begin with: the file's, and of core services those that are placed."""
+        placed = self._placed()
         return {
-            name: replace(target, replicas=sum(self.placed[name].values())) if name in self.placed else target
+            name: replace(target, replicas=sum(placed[name].values())) if name in placed else target
             for name, target in self.testbed.targets().items()
         }
 
+    def _placed(self) -> core.Counts:
+        """What is placed on nodes that are there; a service of which nothing is goes where there is room."""
+        found = core.Placement(self.placed).without(self.absent).ready
+        return {name: row for name, row in found.items() if any(row.values())}
+
     def nodes(self) -> dict[str, core.Node]:
-        """What each node has."""
+        """What each node has, there or not."""
         return {node.name: node for node in self.testbed.core_nodes()}
+
+    def present(self) -> tuple[core.Node, ...]:
+        """The nodes that may be placed on; all of them, where that leaves none."""
+        nodes = self.testbed.core_nodes()
+        return tuple(node for node in nodes if node.name not in self.absent) or nodes
 
     def stage(self, service: str) -> StageSpec:
         """The stage that a service is."""
@@ -100,9 +113,9 @@ class Plan:
         )  # fmt: skip
         return Site(
             services=tuple(services.values()),
-            nodes=testbed.core_nodes(),
+            nodes=self.present(),
             targets=self.targets(),
-            placed=self.placed,
+            placed=self._placed(),
             flows=self.flows(),
             latencies_s=testbed.latencies_s(),
             stale_after_s=testbed.control.stale_after,
@@ -125,7 +138,7 @@ class Plan:
         """
         testbed = self.testbed
         return greedy.place(
-            tuple(self.services().values()), testbed.core_nodes(), targets,
+            tuple(self.services().values()), self.present(), targets,
             flows=self.flows(), latencies_s=testbed.latencies_s(), keep=keep,
         )  # fmt: skip
 
@@ -168,6 +181,7 @@ def between(old: Plan, new: Plan) -> Plan:
         manifests,
         Wiring(old.wiring.pipelines, {**old.wiring.tiers, **new.wiring.tiers}, ()),
         {**old.placed, **new.placed},
+        old.absent | new.absent,
     )
 
 

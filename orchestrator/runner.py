@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
@@ -51,6 +51,8 @@ class Runner(Generic[S]):
         self._orders, self._version, self._metrics, self._prices = orders, version, metrics, prices
         self._slot_s, self._clock = slot_s, clock
         self._state = policy.initial()
+        self._absent: frozenset[str] = frozenset()
+        self._begin: Placement | None = None
         self._wake = asyncio.Event()
         self._nudged: asyncio.TimerHandle | None = None
         self._logging = True
@@ -61,10 +63,27 @@ class Runner(Generic[S]):
         self.decision: Decision | None = None
         self.desired: Placement | None = None
 
-    def change(self, policy: ScalingPolicy[S], *, prices: Prices, slot_s: float) -> None:
-        """Step another policy from now on, beginning with a slot at once; its first state is its own."""
+    def change(
+        self,
+        policy: ScalingPolicy[S],
+        *,
+        prices: Prices,
+        slot_s: float,
+        absent: Collection[str] = (),
+        begin: Placement | None = None,
+    ) -> None:
+        """Step another policy from now on, beginning with a slot at once; its first state is its own.
+
+        Args:
+            policy: the other one.
+            prices: of the accounting.
+            slot_s: time between two slots [s].
+            absent: nodes that it is to see nothing on.
+            begin: what its first slot sees running; None: what runs.
+        """
         self.account()
         self._policy, self._state, self.desired = policy, policy.initial(), None
+        self._absent, self._begin = frozenset(absent), begin
         self._prices, self._slot_s = prices, slot_s
         self.wake()
 
@@ -102,7 +121,9 @@ class Runner(Generic[S]):
             async with asyncio.timeout(OBSERVE_LIMIT_S):
                 replicas = self._runtime.replicas()
                 seen = await self._telemetry.observe(self._clock(), replicas)
-            observation = replace(seen, orders=dict(self._orders()))
+            observation = replace(seen, orders=dict(self._orders())).without(self._absent)
+            if self._begin is not None:
+                observation, self._begin = observation.standing_as(self._begin), None
             state, decision = self._policy.step(self._state, observation)
             if decision.desired is not None:
                 self._runtime.apply(decision.desired, replicas)

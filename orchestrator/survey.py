@@ -74,7 +74,10 @@ def survey(made: plans.Plan, rates: Mapping[str, float] | None = None, parameter
         raise UsageError("the testbed has no core service, so there is nothing for the program to place")
     hosted = tuple(Hosted(s, times[s.name], 1 / times[s.name], testbed.services[s.name].replicas) for s in core)
     demand = _rates(testbed, rates, assumptions)
-    entry = {node: 1.0 / len(testbed.gateway_nodes) for node in testbed.gateway_nodes}
+    nodes = made.present()
+    names = [node.name for node in nodes]
+    entries = [node for node in testbed.gateway_nodes if node in names] or names[:1]
+    entry = {node: 1.0 / len(entries) for node in entries}
     demands = [
         replace(demand_of(made.wiring.pipelines[name], rate, testbed.gateway_node, stages, times), entry=entry)
         for name, rate in demand.items()
@@ -82,20 +85,25 @@ def survey(made: plans.Plan, rates: Mapping[str, float] | None = None, parameter
     ]
     both = {pair: link for link in testbed.links for pair in (link.between, link.between[::-1])}
     problem = Problem(
-        nodes=testbed.core_nodes(),
+        nodes=nodes,
         services=hosted,
         demands=tuple(demand for demand in demands if demand.visits),
         latencies_s={pair: link.latency for pair, link in both.items()},
         bandwidths={pair: link.bandwidth for pair, link in both.items()},
         reserve=_reserve(testbed, services),
-        parameters=parameters or defaults(testbed),
+        parameters=parameters or defaults(testbed, len(nodes)),
     )
     return Survey(problem, manifests, times, demand, tuple(assumptions))
 
 
-def defaults(testbed: Testbed) -> Parameters:
-    """Parameters at the testbed's prices; on a single node nothing can survive its loss, so nothing is asked for."""
-    alone, prices = len(testbed.nodes) == 1, testbed.control.costs
+def defaults(testbed: Testbed, nodes: int | None = None) -> Parameters:
+    """Parameters at the testbed's prices; on a single node nothing can survive its loss, so nothing is asked for.
+
+    Args:
+        testbed: with the prices.
+        nodes: that are there; default: all of the testbed's.
+    """
+    alone, prices = (len(testbed.nodes) if nodes is None else nodes) == 1, testbed.control.costs
     return Parameters(
         kappa=1 if alone else 2, gamma=0.0 if alone else 0.5, cpu_price=prices.cpu_second, move_price=prices.start / LASTING_S
     )

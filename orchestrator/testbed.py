@@ -195,6 +195,10 @@ class ControlSection(Section):
     """A signal older than this is stale: nothing is taken away on its word."""
     start_timeout: Duration = Field(default=60.0, gt=0)
     """A replica that is not loaded by then is killed and counts as failed."""
+    node_grace: Duration = Field(default=15.0, gt=0)
+    """A node that has not been there for so long is planned without: its core services are placed anew."""
+    node_return: Duration = Field(default=30.0, ge=0)
+    """A node that was planned without is taken back after it has stayed for so long."""
     surge: int = Field(default=1, ge=0, le=1)
     """1: a node may be one replica over its capacity while a new one takes over from an old one; 0: never."""
     costs: CostsSection = CostsSection()

@@ -50,6 +50,12 @@ class Panel:
     def update(self, text: str, name: str, limit_s: float) -> None:
         self.asked.append(("update", text, name, limit_s))
 
+    def drain(self, node: str) -> None:
+        self.asked.append(("drain", node))
+
+    def undrain(self, node: str) -> None:
+        self.asked.append(("undrain", node))
+
     async def probe(self, a: str, b: str) -> dict[str, Any]:
         self.asked.append(("probe", a, b))
         return {"between": [a, b]}
@@ -91,6 +97,8 @@ async def test_orders_are_passed_on(panel: Panel, client: httpx.AsyncClient) -> 
         ("/v1/scale", {"service": "pool", "replicas": 2}),
         ("/v1/scale", {"service": "pool", "replicas": 2, "standby": 1}),
         ("/v1/scale", {"service": "pool", "replicas": None}),
+        ("/v1/drain", {"node": "edge-1"}),
+        ("/v1/undrain", {"node": "edge-1"}),
         ("/v1/restart", {}),
         ("/v1/restart", {"services": ["pool"]}),
         ("/v1/update", {"testbed": "name: small", "name": "small.yaml", "limit": 60}),
@@ -99,7 +107,7 @@ async def test_orders_are_passed_on(panel: Panel, client: httpx.AsyncClient) -> 
         assert (await client.post(path, json=body)).status_code == 202
     assert panel.asked == [
         ("scale", "pool", 2, None), ("scale", "pool", 2, 1), ("scale", "pool", None, None),
-        ("restart", None), ("restart", ["pool"]), ("update", "name: small", "small.yaml", 60.0), ("shut_down",),
+        ("drain", "edge-1"), ("undrain", "edge-1"), ("restart", None), ("restart", ["pool"]), ("update", "name: small", "small.yaml", 60.0), ("shut_down",),
     ]  # fmt: skip
 
 

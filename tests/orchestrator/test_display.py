@@ -16,6 +16,7 @@ def text(what: Any) -> str:
 
 STATUS: dict[str, Any] = {
     "testbed": "small", "ready": False, "version": 7, "gateway": None, "decision": None, "cost": {"total": 12.34},
+    "nodes": {"edge-1": {"state": "up", "replicas": 2}, "edge-9": {"state": "missing", "replicas": 0}},
     "slots": {"done": 9, "failed": 2}, "problem": "the engine does not answer",
     "update": {"state": "rolled_back", "sha256": "0", "reason": "pool on edge-1 failed 3 times in a row"},
     "services": {
@@ -38,6 +39,7 @@ def test_the_status_says_what_is_known_and_leaves_a_dash_for_what_is_not() -> No
     shown = text(display.status(STATUS))
     assert "testbed small: not ready, routes 7, gateway -, cost 12.3" in shown
     assert "2 of 9 slots failed" in shown
+    assert "nodes: edge-9 missing" in shown
     assert "problem: the engine does not answer" in shown
     assert "update: rolled_back pool on edge-1 failed 3 times in a row" in shown
     assert "pool on edge-1: 3 failures in a row" in shown

@@ -14,8 +14,12 @@ def test_orders_survive_a_restart(tmp_path: Path) -> None:
     orders.scale("encode", Target(1))
     orders.scale("rank", Target(2))
     orders.release("rank")
+    for node in ("edge-2", "edge-1", "edge-2"):
+        orders.drain(node)
+    orders.undrain("edge-1")
     again = Orders(tmp_path / "state" / "orders.json")
     assert again.targets == {"pool": Target(3, 1), "encode": Target(1, 0)}
+    assert again.drained == {"edge-2"}
     assert [again.generation(name) for name in ("pool", "encode", "rank")] == [2, 1, 0]
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from models import manifest as manifests
 from orchestrator import plan as plans
+from orchestrator import survey
 from orchestrator.errors import SetupFailed, TestbedInvalid, UsageError
 from orchestrator.plan import Plan
 from tests.orchestrator.examples import MANIFEST, TESTBED, export, load
@@ -79,3 +81,33 @@ def test_the_same_model_exported_again_may_replace_it(home: Path) -> None:
     before = plan(home)
     manifests.save(MANIFEST.model_copy(update={"weights": "trained"}), home / "models" / "tiny")
     assert plans.between(before, plan(home)).services() == before.services()
+
+
+def test_nothing_is_placed_on_a_node_that_is_absent(home: Path) -> None:
+    made = replace(plan(home), placed={"encode": {"edge-1": 2, "edge-2": 1}}, absent=frozenset({"edge-1"}))
+    assert [node.name for node in made.present()] == ["edge-2"]
+    assert set(made.nodes()) == {"edge-1", "edge-2"}, "what still runs there has its capacity"
+    assert made.targets()["encode"].replicas == 1, "what was placed elsewhere stays; the rest waits for a new placement"
+    assert {node for row in made.place(made.targets(), None).ready.values() for node in row} == {"edge-2"}
+    assert [node.name for node in made.site().nodes] == ["edge-2"]
+    assert made.site().placed == {"encode": {"edge-2": 1}}
+
+
+def test_a_core_service_of_which_nothing_is_left_goes_where_there_is_room(home: Path) -> None:
+    made = replace(plan(home), placed={"encode": {"edge-1": 3}}, absent=frozenset({"edge-1"}))
+    assert made.targets()["encode"].replicas == 2, "as many as the file says"
+    assert made.site().placed == {}
+
+
+def test_where_every_node_is_absent_all_are_planned_with(home: Path) -> None:
+    made = replace(plan(home), absent=frozenset({"edge-1", "edge-2"}))
+    assert len(made.present()) == 2
+
+
+def test_the_problem_of_a_testbed_has_only_the_nodes_that_are_there(home: Path) -> None:
+    made = replace(plan(home), absent=frozenset({"edge-1"}))
+    problem = survey.survey(made).problem
+    assert [node.name for node in problem.nodes] == ["edge-2"]
+    assert all(demand.entry == {"edge-2": 1.0} for demand in problem.demands)
+    assert problem.parameters.kappa == 1, "nothing can survive the loss of the only node"
+    assert survey.survey(plan(home)).problem.parameters.kappa == 2
