@@ -612,14 +612,23 @@ def render() -> None:
 @click.option("--name", help="Of the stack [default: the testbed's].")
 @click.option("--tag", help="Of the images [default: this version].")
 @click.option("--models", help="Directory with exported models, the same on every box [default: volume NAME_models of each].")
+@click.option(
+    "--orchestrators", type=click.IntRange(1, 5), default=1, show_default=True, help="Each on a manager of its own; one leads."
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write [default: stdout].")
-def render_stack(testbed: Path, name: str | None, tag: str | None, models: str | None, out: Path | None) -> None:
+def render_stack(
+    testbed: Path, name: str | None, tag: str | None, models: str | None, orchestrators: int, out: Path | None
+) -> None:
     """A stack file for `docker stack deploy`: what stays of TESTBED on a Docker Swarm; its orchestrator makes the stages."""
     loaded = testbeds.load(testbed)
     # The client looks for the testbed from where the stack file lies; on stdin, from where it is called.
     beside = os.path.relpath(testbed, out.parent if out is not None else Path())
     options = renders.Options(
-        name or loaded.testbed.name, beside if beside.startswith("..") else f"./{beside}", tag or renders.VERSION, models
+        name or loaded.testbed.name,
+        beside if beside.startswith("..") else f"./{beside}",
+        tag or renders.VERSION,
+        models,
+        orchestrators,
     )
     text = renders.stack(loaded, options)
     if out is None:

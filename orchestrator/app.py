@@ -200,6 +200,25 @@ def build(controls: Controls) -> FastAPI:
     return app
 
 
+def waiting() -> FastAPI:
+    """The application of an orchestrator that waits for its turn: it lives, and everything else is to be asked of another one.
+
+    Every connection ends with its answer, so that who comes by a name that stands for several soon meets the one that leads.
+    """
+    app = FastAPI(title="Espalier control plane", docs_url=None, redoc_url=None)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"live": True, "leads": False}, headers={"connection": "close"})
+
+    @app.api_route("/{path:path}", methods=["GET", "POST"])
+    async def elsewhere(path: str) -> JSONResponse:
+        error = {"error": f"/{path}: this orchestrator waits; another one leads", "reason": REASONS[503]}
+        return JSONResponse(error, 503, {"connection": "close"})
+
+    return app
+
+
 def _address(request: Request, port: int | None) -> str:
     """Where who asks can be reached: a container knows its port, and not the address that others see it under."""
     if port is None or request.client is None:

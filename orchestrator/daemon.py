@@ -18,7 +18,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import psutil
@@ -29,9 +29,12 @@ from orchestrator import plan as plans
 from orchestrator import testbed as testbeds
 from orchestrator.control import GATEWAY_MODULE, STAGE_MODULE, Orchestrator, Settings
 from orchestrator.errors import EspalierError, RunFailed, SetupFailed
-from orchestrator.lease import FileStore, Lease, Over
+from orchestrator.lease import FileStore, Lease, Over, Store
 from orchestrator.plan import Plan
 from orchestrator.runtimes.containers import EngineOptions
+from orchestrator.runtimes.driver import Unreachable
+from orchestrator.runtimes.swarm_api import SwarmApi
+from orchestrator.runtimes.swarm_lease import SwarmStore
 from orchestrator.state_dir import LEASE, Daemon, StateDir
 from orchestrator.testbed import Loaded
 
@@ -60,13 +63,15 @@ async def serve(arguments: argparse.Namespace) -> int:
     state.root.mkdir(parents=True, exist_ok=True)
     if not arguments.lease:
         return await _lead(arguments, state, None)
-    lease = Lease(FileStore(state.lease), f"{socket.gethostname()}-{os.getpid()}")
-    with _recorded_as_waiting(state, testbeds.load(arguments.testbed)):
-        try:
-            await lease.take()
-        except Over:
-            log.info("the testbed was taken down; nothing is left to wait for")
-            return 0
+    given = testbeds.load(arguments.testbed)
+    lease = Lease(await _store(arguments, state, given), f"{socket.gethostname()}-{os.getpid()}")
+    with _recorded_as_waiting(state, given):
+        async with _answering(arguments):
+            try:
+                await lease.take()
+            except Over:
+                log.info("the testbed was taken down; nothing is left to wait for")
+                return 0
     holding = asyncio.create_task(lease.hold())
     try:
         return await _lead(arguments, state, holding)
@@ -74,6 +79,40 @@ async def serve(arguments: argparse.Namespace) -> int:
         holding.cancel()
         # Whoever ended it all has cleared the state directory: then nobody is to begin again.
         await lease.release(over=state.read_daemon() is None)
+
+
+async def _store(arguments: argparse.Namespace, state: StateDir, given: Loaded) -> Store:
+    """Where the lease lies: with the Swarm's managers, else in the state directory, which all of this machine share."""
+    if arguments.runtime != "swarm":
+        return FileStore(state.lease)
+    api = SwarmApi()
+    try:
+        await api.connect()
+    except Unreachable as error:
+        raise SetupFailed(str(error)) from None
+    return SwarmStore(api, arguments.engine_project or state.scope(given.testbed.name))
+
+
+@contextlib.asynccontextmanager
+async def _answering(arguments: argparse.Namespace) -> AsyncIterator[None]:
+    """While it waits: say so to whoever asks on a port that is this one's own. On one machine the port is the leader's."""
+    try:
+        listener = _listen(arguments.host, arguments.port, None) if arguments.port else None
+    except SetupFailed:
+        listener = None
+    if listener is None:
+        yield
+        return
+    config = uvicorn.Config(app.waiting(), log_config=None, access_log=False, lifespan="off", loop="none")
+    config.timeout_graceful_shutdown = 1
+    server = _Server(config)
+    with listener:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await serving
 
 
 @contextlib.contextmanager

@@ -39,6 +39,8 @@ class Options:
     """Of the images."""
     models: str | None = None
     """Directory with the exported models, the same on every box; None: the volume `NAME_models` of each box."""
+    orchestrators: int = 1
+    """How many, each on a manager of its own; all but one wait."""
 
 
 def stack(loaded: Loaded, options: Options) -> str:
@@ -144,7 +146,7 @@ def _orchestrator(options: Options) -> dict[str, Any]:
             "--gateway=announced", f"--prometheus=http://prometheus:{PROMETHEUS_PORT}", "--runtime=swarm",
             f"--engine-image=espalier/stage:{options.tag}", f"--engine-gpu-image=espalier/stage-gpu:{options.tag}",
             f"--engine-network={options.name}_default", f"--engine-models={options.models or options.name + '_models'}",
-            f"--engine-project={options.name}",
+            f"--engine-project={options.name}", *(["--lease"] if options.orchestrators > 1 else []),
         ],
         environment={"DOCKER_HOST": f"tcp://socket-proxy:{PROXY_PORT}"},
         networks=["default", "control"],
@@ -152,7 +154,10 @@ def _orchestrator(options: Options) -> dict[str, Any]:
         volumes=[_volume("state", "/state"), _volume(options.models or "models", "/models", read_only=True)],
         healthcheck=_health(CONTROL_PORT, "/health"),
         stop_grace_period="45s",
-        deploy={"mode": "replicated", "replicas": 1, "placement": {"constraints": [MANAGERS]}},
+        deploy={
+            "mode": "replicated", "replicas": options.orchestrators,
+            "placement": {"constraints": [MANAGERS], "max_replicas_per_node": 1},
+        },
     )  # fmt: skip
 
 
@@ -164,12 +169,11 @@ def _gateway(loaded: Loaded, options: Options) -> dict[str, Any]:
     else:
         pinned = f"node.hostname == {loaded.testbed.gateway_node}"
         where = {"mode": "replicated", "replicas": 1, "placement": {"constraints": [pinned]}}
+    # Given twice where there are two behind the name: then a gateway asks anew sooner, and so meets the other.
+    routes = [f"--routes-url=http://orchestrator:{CONTROL_PORT}/v1/routes"] * options.orchestrators
     return _service(
         "gateway", options, "512M",
-        [
-            "--host=0.0.0.0", f"--port={GATEWAY_PORT}", f"--routes-url=http://orchestrator:{CONTROL_PORT}/v1/routes",
-            "--routes-file=/state/routes.json",
-        ],
+        ["--host=0.0.0.0", f"--port={GATEWAY_PORT}", *routes, "--routes-file=/state/routes.json"],
         environment={"ESPALIER_NODE": HOSTNAME, "ESPALIER_NAME": f"gateway-{HOSTNAME}"},
         volumes=[_volume("gateway", "/state")],
         ports=[

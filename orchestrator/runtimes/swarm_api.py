@@ -70,6 +70,26 @@ class SwarmApi(EngineApi):
         """Remove a service; its task is told to end."""
         await self._call(lambda: self._client.remove_service(service))
 
+    async def config(self, name: str) -> dict[str, Any] | None:
+        """A config; None where there is none of this name."""
+        return await self._unless_missing(lambda: dict(self._client.inspect_config(name)))
+
+    async def create_config(self, name: str, labels: Mapping[str, str]) -> None:
+        """Create a config that is there for its labels: it says what it is, since none may be empty."""
+        await self._call(lambda: self._client.create_config(name, name.encode(), labels=dict(labels)))
+
+    async def label_config(self, name: str, version: int, labels: Mapping[str, str]) -> None:
+        """Give a config other labels, if it still has that version; nothing else of one can change."""
+
+        def label() -> None:
+            # A call that the client knows no word for.
+            url = f"{self._client.base_url}/v{self._client.api_version}/configs/{name}/update"
+            answer = self._client.post(url, params={"version": version}, json={"Name": name, "Labels": dict(labels)})
+            if not answer.ok:
+                raise Refused(answer.status_code, answer.text)
+
+        await self._call(label)
+
     async def last_lines(self, container: str, lines: int) -> str:
         """The end of what the task of a service has written, wherever it ran."""
 

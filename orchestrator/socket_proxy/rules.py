@@ -10,6 +10,7 @@ there for the day on which the orchestrator is not to be trusted.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ SERVICE_LABELS = frozenset(
     f"espalier.{key}" for key in ("scope", "testbed", "service", "replica", "node", "generation", "specification", "cpus")
 ) | {"com.docker.stack.namespace"}
 """The labels of a stage's service in a Swarm: as above."""
+LEASE_LABEL = "espalier.lease"
 EVENTS = frozenset({"start", "die", "destroy"})
 
 _INT64 = (1 << 63) - 1
@@ -634,6 +636,45 @@ def _service_logs(_: Policy, request: _Request) -> Call:
     return Call("GET", f"{request.version}/services/{{id}}/logs", query, inspection=inspection, of="service")
 
 
+def _lease(policy: Policy, request: _Request) -> str:
+    """Name of the one config that may be touched: the lease of the orchestrators, which runs nowhere."""
+    if request.subject not in ("", f"{policy.scope}-lease"):
+        raise _NotAllowed(f"of configs only {policy.scope}-lease may be touched")
+    return f"{policy.scope}-lease"
+
+
+def _read_lease(policy: Policy, request: _Request) -> Call:
+    return Call("GET", f"{request.version}/configs/{_lease(policy, request)}", request.parameters({}))
+
+
+def _create_lease(policy: Policy, request: _Request) -> Call:
+    body = _claim(policy, request)
+    body["Data"] = base64.b64encode(body["Name"].encode()).decode()
+    return Call("POST", f"{request.version}/configs/create", request.parameters({}), json.dumps(body).encode())
+
+
+def _write_lease(policy: Policy, request: _Request) -> Call:
+    query = request.parameters({"version": _version}, frozenset({"version"}))
+    body = json.dumps(_claim(policy, request)).encode()
+    return Call("POST", f"{request.version}/configs/{_lease(policy, request)}/update", query, body)
+
+
+def _claim(policy: Policy, request: _Request) -> dict[str, Any]:
+    """Its body, made anew: a name and one label, whatever else was sent."""
+    given, name = _load(request.body), _lease(policy, request)
+    labels = given.get("Labels") if isinstance(given, dict) else None
+    if (
+        not isinstance(given, dict)
+        or given.get("Name") != name
+        or not isinstance(labels, dict)
+        or labels.keys() != {LEASE_LABEL}
+    ):
+        raise _NotAllowed(f"must be named {name} and have the label {LEASE_LABEL} alone")
+    if not isinstance(labels[LEASE_LABEL], str):
+        raise _NotAllowed(f"the label {LEASE_LABEL} must be a text")
+    return {"Name": name, "Labels": {LEASE_LABEL: labels[LEASE_LABEL]}}
+
+
 def _version(value: str) -> str:
     if not re.fullmatch(r"[0-9]{1,19}", value, re.ASCII):
         raise _NotAllowed("must be a number")
@@ -684,9 +725,12 @@ _SWARM_ROUTES: tuple[tuple[str, re.Pattern[str], _Rule], ...] = tuple(
         ("GET", f"/services/(?P<subject>{_NAME})/logs", _service_logs),
         ("POST", f"/services/(?P<subject>{_NAME})/update", _scale_service),
         ("DELETE", f"/services/(?P<subject>{_NAME})", _remove_service),
+        ("GET", f"/configs/(?P<subject>{_NAME})", _read_lease),
+        ("POST", "/configs/create", _create_lease),
+        ("POST", f"/configs/(?P<subject>{_NAME})/update", _write_lease),
     )
 )
-_WITH_BODY = frozenset({_create, _create_service, _scale_service})
+_WITH_BODY = frozenset({_create, _create_service, _scale_service, _create_lease, _write_lease})
 
 
 def judge(policy: Policy, method: str, path: str, query: str, body: bytes) -> Call | Refusal:

@@ -107,7 +107,8 @@ async def test_orders_are_passed_on(panel: Panel, client: httpx.AsyncClient) -> 
         assert (await client.post(path, json=body)).status_code == 202
     assert panel.asked == [
         ("scale", "pool", 2, None), ("scale", "pool", 2, 1), ("scale", "pool", None, None),
-        ("drain", "edge-1"), ("undrain", "edge-1"), ("restart", None), ("restart", ["pool"]), ("update", "name: small", "small.yaml", 60.0), ("shut_down",),
+        ("drain", "edge-1"), ("undrain", "edge-1"),
+        ("restart", None), ("restart", ["pool"]), ("update", "name: small", "small.yaml", 60.0), ("shut_down",),
     ]  # fmt: skip
 
 
@@ -154,3 +155,10 @@ async def test_status_metrics_and_health_answer(client: httpx.AsyncClient) -> No
     assert (await client.get("/v1/status")).json() == {"testbed": "small"}
     assert (await client.get("/metrics")).headers["content-type"].startswith("text/plain; version=0.0.4")
     assert (await client.get("/health")).status_code == 200
+
+
+async def test_one_that_waits_lives_and_sends_everybody_elsewhere() -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app.waiting()), base_url="http://test") as found:
+        assert (await found.get("/health")).status_code == 200
+        for answer in (await found.get("/v1/routes"), await found.post("/v1/scale", json={})):
+            assert (answer.status_code, answer.json()["reason"], answer.headers["connection"]) == (503, "unavailable", "close")

@@ -68,7 +68,9 @@ async def boxes(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Processes, "absent", lambda self, node: absent.get(node))
     models = export(tmp_path)
     settings = Settings(models, "http://127.0.0.1:9", stage_module="tests.orchestrator.fake_stage", gateway_url=ANNOUNCED)
-    orchestrator = Orchestrator(plans.make(load(TEXT.replace("POLICY", request.param)), models), StateDir(tmp_path / "state"), settings)
+    orchestrator = Orchestrator(
+        plans.make(load(TEXT.replace("POLICY", request.param)), models), StateDir(tmp_path / "state"), settings
+    )
     running = asyncio.create_task(orchestrator.run())
     found = Boxes(orchestrator, absent)
     try:

@@ -65,6 +65,15 @@ def test_models_lie_in_a_volume_of_each_box_or_in_a_directory_that_all_have() ->
         document(options=Options("small", "./small.yaml", models="models"))
 
 
+def test_of_several_orchestrators_one_leads_and_gateways_know_of_the_others() -> None:
+    services = document(options=Options("small", "./small.yaml", orchestrators=2))["services"]
+    deploy = services["orchestrator"]["deploy"]
+    assert (deploy["replicas"], deploy["placement"]["max_replicas_per_node"]) == (2, 1)
+    assert "--lease" in services["orchestrator"]["command"]
+    assert services["gateway"]["command"].count("--routes-url=http://orchestrator:8090/v1/routes") == 2
+    assert "--lease" not in document()["services"]["orchestrator"]["command"]
+
+
 def test_every_service_is_without_rights_and_limited() -> None:
     for service in document()["services"].values():
         assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])

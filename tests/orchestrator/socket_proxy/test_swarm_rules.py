@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,3 +161,43 @@ def test_the_rest_may_not(method: str, path: str, query: str) -> None:
 def test_without_a_swarm_its_calls_do_not_pass() -> None:
     engine = Policy("edge", "edge", frozenset({"espalier/stage:1"}), "edge_default", "edge_models")
     assert isinstance(judge(engine, "GET", "/v1.41/nodes", "", b""), Refusal)
+
+
+LEASE = {"Name": "edge-lease", "Labels": {"espalier.lease": "{}"}}
+
+
+def test_the_lease_may_be_read_created_and_swapped_and_what_is_sent_is_made_anew() -> None:
+    assert judge(POLICY, "GET", "/v1.41/configs/edge-lease", "", b"") == Call("GET", "/v1.41/configs/edge-lease")
+    given = json.dumps({**LEASE, "Data": "c2VjcmV0", "Templating": {"Name": "golang"}}).encode()
+    created = judge(POLICY, "POST", "/v1.41/configs/create", "", given)
+    assert isinstance(created, Call)
+    assert json.loads(created.body or b"") == {**LEASE, "Data": "ZWRnZS1sZWFzZQ=="}
+    written = judge(POLICY, "POST", "/v1.41/configs/edge-lease/update", "version=7", given)
+    assert isinstance(written, Call)
+    assert (written.path, written.query, json.loads(written.body or b"")) == (
+        "/v1.41/configs/edge-lease/update", "version=7", LEASE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "query", "body"),
+    [
+        ("GET", "/configs/other", "", None),
+        ("GET", "/configs", "", None),
+        ("DELETE", "/configs/edge-lease", "", None),
+        ("POST", "/configs/other/update", "version=7", LEASE),
+        ("POST", "/configs/edge-lease/update", "", LEASE),
+        ("POST", "/configs/edge-lease/update", "version=7", {**LEASE, "Name": "other"}),
+        ("POST", "/configs/create", "", {**LEASE, "Name": "other"}),
+        ("POST", "/configs/create", "", {**LEASE, "Labels": {"espalier.lease": "{}", "espalier.scope": "edge"}}),
+        ("POST", "/configs/create", "", {**LEASE, "Labels": {"espalier.lease": 7}}),
+        ("POST", "/configs/create", "", [LEASE]),
+    ],
+)
+def test_no_other_config_may_be_touched(method: str, path: str, query: str, body: object) -> None:
+    sent = b"" if body is None else json.dumps(body).encode()
+    assert isinstance(judge(POLICY, method, f"/v1.41{path}", query, sent), Refusal)
+
+
+def test_without_a_swarm_there_is_no_lease() -> None:
+    assert isinstance(judge(replace(POLICY, swarm=False), "GET", "/configs/edge-lease", "", b""), Refusal)
