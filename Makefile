@@ -9,7 +9,7 @@ TESTBED ?= deploy/testbeds/demo.yaml
 PINS    := deploy/requirements
 READY   := $(VENV)/.ready
 
-.PHONY: help demo up down test check bench lock
+.PHONY: help demo boxes up down test check bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ $(READY): pyproject.toml $(PINS)/dev.txt $(PINS)/torch.txt $(PINS)/torch-cuda.tx
 
 demo: ## the whole system on this machine, 60 s of load, the on-time table, out/demo/report.json (RUNTIME=engine|processes)
 	deploy/demo.sh
+
+boxes: ## three engines on this machine as one Swarm, a testbed over them, load, the on-time table, out/boxes/report.json
+	deploy/boxes.sh
 
 up: $(READY) ## export the models and start TESTBED (default: the demo's) in the background
 	$(BIN)/espalier export $(TESTBED)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "deploy").rglob("*.sh"))
+SCRIPTS = sorted(path.relative_to(ROOT) for path in [*(ROOT / "deploy").rglob("*.sh"), ROOT / "deploy" / "local-boxes"])
 BAD_USAGE = 2
 
 
