@@ -9,10 +9,10 @@ TESTBED ?= deploy/testbeds/demo.yaml
 PINS    := deploy/requirements
 READY   := $(VENV)/.ready
 
-.PHONY: help demo boxes up down test check bench lock
+.PHONY: help demo boxes up down test test-boxes check bench lock
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml $(PINS)/dev.txt $(PINS)/torch.txt $(PINS)/torch-cuda.txt
 	@command -v $(PYTHON) > /dev/null || { echo "Espalier needs Python 3.11: install it, or say PYTHON=/path/to/python3.11"; exit 2; }
@@ -40,6 +40,9 @@ down: $(READY) ## drain and stop what `make up` started
 
 test: $(READY) ## every test, those in containers too where an engine answers or can be brought up
 	tests/with-engine.sh $(BIN)/pytest
+
+test-boxes: $(READY) ## what happens to boxes of a Swarm that are cut off or killed, on three engines (about 5 minutes)
+	ESPALIER_TEST_BOXES=1 tests/with-engine.sh $(BIN)/pytest tests/system/test_boxes.py
 
 check: $(READY) ## style, types and import rules
 	$(BIN)/ruff check

@@ -1,0 +1,98 @@
+"""A Swarm of real engines: first answers, scaling, a box that is cut off, and one that is killed. In this order, on one set.
+
+Bringing three engines up and loading the images into each takes minutes of a disk, so these run on request only:
+`make test-boxes`, which says so by ESPALIER_TEST_BOXES=1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.system.boxed import Boxes, boxed
+from tests.system.edge import until
+
+REFERENCE = json.loads((Path(__file__).parents[1] / "fixtures" / "minilm_reference.json").read_text())
+LOST_S = 60.0
+"""A Swarm gives a box up after 13 s; with the grace, and starts elsewhere [s]."""
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(os.environ.get("ESPALIER_TEST_BOXES") != "1", reason="make test-boxes"),
+]
+
+
+@pytest.fixture(scope="module")
+def boxes(images: None, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Boxes]:
+    with boxed(tmp_path_factory.mktemp("boxes"), minilm.parent) as boxes:
+        yield boxes
+
+
+def test_every_box_has_a_gateway_whose_answers_are_right(boxes: Boxes) -> None:
+    for box in boxes.addresses:
+        until(lambda box=box: boxes.answers(box), f"{box} answers", 30)  # type: ignore[misc]
+        body = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": REFERENCE["texts"][:1]}]}
+        url = f"http://{boxes.addresses[box]}:8080/v2/models/embed/infer"
+        answer = httpx.post(url, json=body, trust_env=False, timeout=20).json()
+        found = next(output["data"] for output in answer["outputs"] if output["name"] == "embedding")
+        np.testing.assert_allclose(found, REFERENCE["embeddings"][0], atol=1e-4)
+
+
+def test_replicas_stand_on_different_boxes_as_services_of_one_task(boxes: Boxes) -> None:
+    assert len(boxes.nodes("encode")) == 2, "the loss of one leaves one"
+    named = boxes.docker("service", "ls", "--filter", "label=espalier.replica", "--format", "{{.Name}} {{.Replicas}}")
+    assert {line.split()[1] for line in named.splitlines()} == {"1/1"}
+    assert len(named.splitlines()) == 6
+
+
+def test_scaling_up_and_down_costs_no_task(boxes: Boxes, tmp_path: Path) -> None:
+    with boxes.load(tmp_path, 6, 25) as load:
+        load.wait_for(6)
+        boxes.espalier("scale", "encode", "3", "--wait")
+        assert sum(boxes.nodes("encode").values()) == 3
+        boxes.espalier("scale", "encode", "2", "--wait")
+        ran = load.finish()
+    ran.check_every_task_ended_once(load.tasks)
+    assert ran.unanswered == []
+    boxes.settle()
+
+
+def test_a_box_that_was_cut_off_is_back_without_duplicates(boxes: Boxes, tmp_path: Path) -> None:
+    lost = next(box for box in ("box-3", "box-2") if boxes.nodes("encode")[box])
+    with boxes.load(tmp_path, 4, 40) as load:
+        load.wait_for(4)
+        for box in boxes.addresses.keys() - {lost}:
+            boxes.script("cut", lost, box)
+        until(lambda: boxes.nodes("encode")[lost] == 0, "the box is given up", LOST_S)
+        boxes.script("heal")
+        ran = load.finish()
+    ran.check_every_task_ended_once(load.tasks)
+    assert len(ran.unanswered) <= load.tasks // 20, "those on their way over the link when it was cut"
+    until(lambda: boxes.answers(lost), "its gateway answers", LOST_S)
+    boxes.settle()
+    wanted = sum(service["wanted"]["ready"] for service in boxes.status()["services"].values())
+    until(lambda: sum(boxes.stages().values()) == wanted, "nothing runs twice", LOST_S)
+    assert len(boxes.docker("service", "ls", "--quiet", "--filter", "label=espalier.replica").split()) == wanted
+
+
+def test_a_killed_box_costs_what_was_on_its_way_and_its_stages_stand_elsewhere(boxes: Boxes, tmp_path: Path) -> None:
+    boxes.settle()
+    lost = next(box for box in ("box-2", "box-3") if boxes.nodes("encode")[box])
+    with boxes.load(tmp_path, 4, 45) as load:
+        load.wait_for(4)
+        boxes.script("kill", lost)
+        ran = load.finish()
+    ran.check_every_task_ended_once(load.tasks)
+    assert len(ran.unanswered) <= load.tasks // 20, "those on their way when it was killed"
+    until(lambda: len(boxes.nodes("encode")) == 2 and lost not in boxes.nodes("encode"), "core stages are elsewhere", LOST_S)
+    assert boxes.status()["ready"]
+
+
+def test_a_stack_that_is_removed_takes_its_stages_along(boxes: Boxes) -> None:
+    boxes.docker("stack", "rm", "boxed")
+    assert boxes.docker("service", "ls", "--quiet") == ""
