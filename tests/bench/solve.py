@@ -1,7 +1,7 @@
 """How long the placement program takes to a gap of 1 %: `python -m tests.bench.solve`, 20 core services, 8 pipelines.
 
 Random testbeds of `tests.bench.placement`, of 30 nodes with a limit of 5 s and of 100 nodes with one of 60 s. What decides how
-hard one is: the share of all cores at work: the fuller the near nodes, the less the linear relaxation says of whole ones.
+hard one is, is the share of all cores at work: the fuller the near nodes, the less the relaxation says of whole replicas.
 """
 
 from __future__ import annotations
