@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from models.errors import CheckpointError, ModelsError
-from models.manifest import MANIFEST_NAME, ManifestError, Precision
+from models.manifest import MANIFEST_NAME, SHORT_PRECISIONS, ManifestError, Precision
 
 if TYPE_CHECKING:
     from models.manifest import Manifest, StageProfile, StageSpec, Weights
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 OK, MISSED, BAD_USAGE, SETUP_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 MODELS = Path("out/models")
-SHORT: dict[str, Precision] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
-"""What a precision may be called besides its own name."""
 DETERMINISTIC = 0.01
 """Squared coefficient of variation below which a service time is called near deterministic: it strays by less than 10 %."""
 
@@ -56,12 +54,12 @@ class _Precision(click.ParamType[Precision]):
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         del param, ctx
-        return "[" + "|".join(SHORT) + "]"
+        return "[" + "|".join(SHORT_PRECISIONS) + "]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Precision:
-        found: Precision = SHORT.get(value, value)
+        found: Precision = SHORT_PRECISIONS.get(value, value)
         if found not in get_args(Precision):
-            self.fail(f"{value!r} is not one of {', '.join(SHORT)}", param, ctx)
+            self.fail(f"{value!r} is not one of {', '.join(SHORT_PRECISIONS)}", param, ctx)
         return found
 
 
@@ -291,14 +289,9 @@ def profile(
     grid = dataclasses.replace(grid, threads=threads, rounds=repeats or grid.rounds)
     left_out: list[str] = []
     with _stderr.status(f"looking at {directory}") as status:
-
-        def report(text: str) -> None:
-            status.update(text)
-            left_out.extend([text] if text.startswith("leaving out") else [])
-
-        manifest = profiling.profile(directory, grid, report)
+        manifest = profiling.profile(directory, grid, status.update, left_out.append)
     for line in left_out:
-        _stderr.print(line, markup=False, soft_wrap=True)
+        _stderr.print(f"not measured: {line}", markup=False, soft_wrap=True)
     for table in _profile_tables(manifest):
         _stderr.print(table)
     if plotting.available():

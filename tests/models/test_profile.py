@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from models.errors import ProfileFailed
 from models.export import export
-from models.manifest import ServiceLaw, StageSpec, TensorSpec, describe, load, save
+from models.manifest import Manifest, ServiceLaw, StageSpec, TensorSpec, describe, load, save
 from models.profile import Grid, Run, _generation, profile, undisturbed
 from tests.models.conftest import EVERY
 
@@ -137,8 +137,18 @@ def test_a_stage_that_lacks_a_package_is_left_out_and_the_rest_measured(
     (tmp_path / "tokenizers.py").write_text("raise ModuleNotFoundError('No module named tokenizers')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     said: list[str] = []
-    manifest = profile(exported_copy, SMALL, said.append)
-    assert "leaving out tokenise: No module named tokenizers" in said
+    manifest = profile(exported_copy, SMALL, left_out=said.append)
+    assert said == ["tokenise: No module named tokenizers"]
     assert not manifest.stage("tokenise").profile
     assert manifest.stage("pool").profile
     assert manifest.stage("encode").profile
+
+
+def test_a_part_of_a_cut_decoder_is_left_out(tmp_path: Path) -> None:
+    x = TensorSpec(name="hidden", datatype="FP32", shape=("batch", "seq", 4))
+    parameters = {"part": 2, "parts": 2}
+    part = StageSpec(name="generate-2", tier="core", processor="generate", inputs=(x,), outputs=(x,), parameters=parameters)
+    save(Manifest(model="tiny", source="tiny@1", architecture="None", weights="seeded", stages=(part,)), tmp_path)
+    said: list[str] = []
+    assert not profile(tmp_path, SMALL, left_out=said.append).stage("generate-2").profile
+    assert said == ["generate-2: a part of a cut decoder works only beside the others"]
