@@ -68,13 +68,20 @@ class _Task:
         """Whether its last token has been made."""
         return all(row.finish for row in self.rows)
 
+    @property
+    def going_on(self) -> int:
+        """Sequences that are not finished."""
+        return sum(not row.finish for row in self.rows)
+
+    def left(self, estimate: GenerationEstimate) -> float:
+        """Steps to expect until it leaves the batch, at least 1."""
+        return max(1.0, *(estimate.tokens(row.max_tokens) - len(row.tokens) for row in self.rows))
+
     def member(self, estimate: GenerationEstimate) -> Member:
         """The task as the rule for joining sees it."""
-        rows = sum(not row.finish for row in self.rows)
         if self.streamed:
-            return Member(self.last + self.token_s if self.token_s is not None else math.inf, rows, 1.0)
-        left = max(estimate.tokens(row.max_tokens) - len(row.tokens) for row in self.rows)
-        return Member(self.due, rows, max(1.0, left))
+            return Member(self.last + self.token_s if self.token_s is not None else math.inf, self.going_on, 1.0)
+        return Member(self.due, self.going_on, self.left(estimate))
 
 
 class GenerationWorker:
@@ -128,9 +135,10 @@ class GenerationWorker:
     def expected_wait_s(self, now: float) -> float:
         """Time [s] a task arriving now would wait until it joins."""
         step_s = self._estimate.step.mean_s(self._max_batch)
-        ends = []
-        for member in (task.member(self._estimate) for task in self._members):
-            ends += [now + member.steps * step_s] * member.rows
+        ends: list[float] = []
+        for task in self._members:
+            # Of a stream too all that is left: its place is not free before.
+            ends += [now + task.left(self._estimate) * step_s] * task.going_on
         return batching.expected_wait_s(self.queue, ends, self._max_batch, now)
 
     async def compute(
@@ -259,9 +267,9 @@ class GenerationWorker:
                 if self._stopped:
                     break
             try:
-                batch = self._joined(self._cleared(batch))
+                batch = self._cleared(self._joined(batch))
                 if batch is not None:
-                    batch = self._stepped(batch)
+                    batch = self._cleared(self._stepped(batch))
             except Exception as error:  # told to every task of the batch, whatever it was; the loop goes on with the next ones
                 self._failed(self._members, error)
                 batch, self._members = None, ()
@@ -271,12 +279,12 @@ class GenerationWorker:
 
     def _cleared(self, batch: Batch | None) -> Batch | None:
         """The batch without those who have left, are done, or whose deadline for a whole answer has passed."""
-        if batch is None:
-            return None
         now = time.monotonic()
-        expired = [task for task in self._members if not task.streamed and not task.finished and now > task.until.due]
+        expired = [task for task in self._members if not task.streamed and now > task.until.due]
         self._failed(expired, Expired("the deadline passed while the answer was being made", reason="expired"))
         self._members = tuple(t for t in self._members if not (t.gone or t.finished or t.error is not None))
+        if batch is None:
+            return None
         stay = {id(row) for task in self._members for row in task.rows if not row.finish}
         return self._processor.without(batch, [row for row in batch.rows if id(row) not in stay])
 
@@ -284,7 +292,7 @@ class GenerationWorker:
         """The batch with everybody who may join now. Each reads its prompt by itself: batching that gains nothing on a CPU."""
         while not self._stopped:
             now = time.monotonic()
-            members = [task.member(self._estimate) for task in self._members]
+            members = [task.member(self._estimate) for task in self._members if task.going_on]
             with self._wake:
                 if members and not self._stays(self.queue.most_urgent(1)):
                     return batch
@@ -350,10 +358,12 @@ class GenerationWorker:
         self._metrics.batch_size.observe(tokens)
 
     def _failed(self, tasks: Sequence[_Task], error: Exception) -> None:
-        for task in tasks:
+        """Tell those of the tasks that are not done."""
+        failed = [task for task in tasks if not task.finished]
+        for task in failed:
             task.error = error
-        if tasks:
-            self._tell(list(tasks), lambda: None)
+        if failed:
+            self._tell(failed, lambda: None)
 
     def _doomed(self, waiting: Waiting[_Task], now: float) -> TaskError:
         reason = "expired_in_queue" if now >= waiting.task.until.due else "would_expire"

@@ -168,6 +168,25 @@ async def test_the_most_urgent_task_joins_first(tmp_path: Path) -> None:
         assert ended == [1, 2, 0]
 
 
+async def test_answers_of_one_token_leave_nothing_behind(tmp_path: Path) -> None:
+    async with working(tmp_path) as it:
+        for token in (3, 4, 5):
+            assert await it.ask(token, tokens=1) == decoder.reference([token], 1)
+        await until(lambda: it.worker._members == ())
+
+
+async def test_a_stream_holds_its_place_for_all_tokens_that_are_to_be_expected(tmp_path: Path) -> None:
+    async with working(tmp_path, max_batch=1) as it:
+        assert len(await it.ask(3, 4, 5, tokens=4)) == 4  # so that all that are allowed are to be expected
+        it.graph.hold()
+        states = it.worker.stream(inputs((3, 4, 5), 30), {"batch": 1, "seq": 3}, due(), 0.0, None)
+        async with aclosing(states):
+            it.graph.allow()
+            await anext(states)
+            now = time.monotonic()
+            assert it.worker.expected_wait_s(now) == pytest.approx(29 * it.worker._estimate.step.mean_s(1), rel=1e-6)
+
+
 async def test_whoever_is_still_there_when_it_stops_is_told(tmp_path: Path) -> None:
     async with working(tmp_path) as it:
         it.graph.hold()
