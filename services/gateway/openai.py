@@ -7,6 +7,7 @@ OpenAI API (2.3.0). What a request asks for and cannot have is refused with 400,
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, TypeVar
@@ -16,12 +17,14 @@ import orjson
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.dataplane.errors import BadRequest, NotFound, TaskError, shown
+from services.dataplane.errors import BadRequest, InternalFailure, NotFound, TaskError, shown
 from services.dataplane.wire import Array, Tensor
 from services.gateway.recognition import EMBEDDING, TOKEN_COUNT, embedded_input, routes
 from services.gateway.service import GatewayService, Trace, server_timing
 from services.gateway.table import Plan
 from services.hotpath import JSON, Answer, Request
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -151,6 +154,9 @@ async def with_errors(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
                 yield each
         except TaskError as error:
             yield event(error_shape(error))
+        except Exception as error:  # as in `hotpath.Endpoint`
+            log.error("a stream failed", exc_info=error)
+            yield event(error_shape(InternalFailure.of(error)))
 
 
 def _model(plan: Plan) -> dict[str, Any]:

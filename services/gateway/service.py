@@ -236,7 +236,7 @@ class GatewayService:
                 raise UpstreamFailed("the stream ended before it began")
             outcome = "late" if late else "on_time"
         except TaskError as error:
-            outcome = self._failed(error, until)
+            outcome = self._failed(error, until, begun=first > 0)
             raise
         except BaseException as error:
             if outcome == "failed" and not isinstance(error, Exception):
@@ -245,9 +245,12 @@ class GatewayService:
         finally:
             self._count(plan, until, outcome, first or time.monotonic(), tokens)
 
-    def _failed(self, error: TaskError, until: Deadline) -> str | None:
-        """The outcome of a task that failed, whose error is told what is known of it."""
-        outcome = _outcome(error)
+    def _failed(self, error: TaskError, until: Deadline, *, begun: bool = False) -> str | None:
+        """The outcome of a task that failed, whose error is told what is known of it.
+
+        What has begun to be answered was a task, whatever a stage finds wrong with it then.
+        """
+        outcome = _outcome(error) or ("failed" if begun else None)
         if outcome is None:
             self._metrics.bad_request(error.reason)
         error.budget_s = until.budget_s

@@ -128,14 +128,20 @@ class Walker:
             answer.close()
             raise
         hops += further
-        async with aclosing(self._forwarder.frames(call, answer, pace.stall_s)) as frames:
-            async for frame in frames:
-                if frame.kind == "end":
-                    self._learn_end(call, frame, further)
-                    return
-                length = None if frame.header_length is None else str(frame.header_length)
-                self._take_in(plan, last, bag, call, frame.payload, length)
-                yield bag, hops
+        # Now, and not at the end: a stream may last long, or be ended by whoever has read enough of it.
+        asyncio.get_running_loop().call_soon(self._learn, further)
+        try:
+            async with aclosing(self._forwarder.frames(call, answer, pace.stall_s)) as frames:
+                async for frame in frames:
+                    if frame.kind == "end":
+                        self._learn_end(call, frame, further)
+                        continue
+                    length = None if frame.header_length is None else str(frame.header_length)
+                    self._take_in(plan, last, bag, call, frame.payload, length)
+                    yield bag, hops
+        except TaskError as error:
+            self._learn(error.hops)
+            raise
 
     async def _branches(
         self,
@@ -360,7 +366,7 @@ class Walker:
         for hop in hops:
             if hop["replica"] == report["replica"]:
                 hop.update(report)
-        self._learn(hops)
+        self._learn([report])
 
     def _learn(self, hops: Hops) -> None:
         now = time.monotonic()

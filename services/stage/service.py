@@ -119,7 +119,9 @@ class StageService:
         except Exception as error:  # as in `hotpath.Endpoint`
             outcome = InternalFailure.reason
             log.error("a streamed request failed", exc_info=error)
-            yield streams.error(InternalFailure(f"internal error ({type(error).__name__})", stage=self.identity.service))
+            failure = InternalFailure.of(error)
+            failure.stage = self.identity.service
+            yield streams.error(failure)
         finally:
             self.in_flight -= 1
             self._metrics.ended(outcome)
@@ -273,8 +275,9 @@ class StageService:
         except TaskError as error:
             self._put_before(error, here, until, result, call)
             raise
+        asyncio.get_running_loop().call_soon(self._count_way, call, answer.headers.get(itinerary.TOTAL_HEADER, "0"))
         reports = itinerary.headers(self._report(here, until, result, call), answer.headers.get(itinerary.HEADER))
-        return Stream(200, [_STREAM_TYPE, *reports], self._relayed(call, answer, pace))
+        return Stream(200, [_STREAM_TYPE, *reports], self._relayed(here, until, result, call, answer, pace))
 
     def _at_once(self, here: Hop, kept: tuple[Tensor, ...], result: Result, until: Deadline) -> Stream:
         """The end of a chain in which nobody generates: a stream of one frame."""
@@ -286,11 +289,17 @@ class StageService:
 
         return Stream(200, [_STREAM_TYPE, *itinerary.headers(report, None)], pieces())
 
-    async def _relayed(self, call: Call, answer: StreamedAnswer, pace: Pace) -> AsyncGenerator[bytes]:
+    async def _relayed(
+        self, here: Hop, until: Deadline, result: Result, call: Call, answer: StreamedAnswer, pace: Pace
+    ) -> AsyncGenerator[bytes]:
         """Frames as they come, each at once and unread."""
-        async with contextlib.aclosing(self._forwarder.frames(call, answer, pace.stall_s)) as frames:
-            async for frame in frames:
-                yield frame.raw
+        try:
+            async with contextlib.aclosing(self._forwarder.frames(call, answer, pace.stall_s)) as frames:
+                async for frame in frames:
+                    yield frame.raw
+        except TaskError as error:
+            error.hops.insert(0, self._report(here, until, result, call))
+            raise
 
     async def _made(
         self,

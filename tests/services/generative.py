@@ -99,12 +99,14 @@ class Spell:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.broken = False
+        self.broken = self.refuses = False
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.calls += 1
         if self.broken:
             raise ZeroDivisionError
+        if self.refuses:
+            raise BadRequest("these are no letters")
         text = np.empty(len(inputs["output_ids"]), dtype=object)
         for i, (ids, count) in enumerate(zip(inputs["output_ids"], inputs["output_count"], strict=True)):
             text[i] = spelt(ids[:count]).encode()

@@ -209,6 +209,46 @@ async def test_a_stage_behind_that_dies_ends_the_work(tmp_path: Path) -> None:
         await until(lambda: in_flight(served) == 0)
 
 
+async def test_a_replica_that_dies_in_the_middle_of_a_stream_is_avoided_by_the_gateway_too(tmp_path: Path) -> None:
+    async with house.served(tmp_path) as served:
+        served.graph.hold()
+        async with asking(served, max_tokens=40) as client:
+            served.graph.allow()
+            await client.begin()
+            await client.event()
+            break_off(served.stages["generate"])
+            (error,) = await client.rest()
+        assert [hop["replica"] for hop in error["hops"]] == ["tokenise-0"]
+        assert error["hops"][0]["failed"] == ["generate-0"]
+        book, now = served.gateway._book, asyncio.get_running_loop().time()
+        assert [name for name in ("tokenise-0", "generate-0") if book.ejected(name, now)] == ["generate-0"]
+
+
+async def test_streams_that_are_ended_early_are_not_taken_for_work_that_is_still_to_do(tmp_path: Path) -> None:
+    whole = house.answer(PROMPT, 40)
+    async with house.served(tmp_path) as served:
+        for _ in range(3):
+            async with asking(served, max_tokens=40, stop=whole[5:7]) as client:
+                await client.begin()
+                assert text(*await client.rest()) == whole[:5]
+        views = [served.gateway._book.view(f"{name}-0") for name in ("tokenise", "generate")]
+        assert [view.sent_since for view in views] == [0, 0]
+        assert all(view.service_s > 0 for view in views)
+
+
+async def test_a_stream_read_to_its_end_gives_its_connection_back(tmp_path: Path) -> None:
+    async with house.served(tmp_path) as served:
+        for _ in range(3):
+            async with asking(served) as client:
+                await client.begin()
+                await client.rest()
+        service = served.gateway._service
+        assert service is not None
+        kept = service._walker._forwarder._transport._idle
+        await until(lambda: sum(map(len, kept.values())) == 1)
+        assert len(service._walker._forwarder._transport._open) == 1
+
+
 async def test_a_stop_string_ends_the_answer_and_the_work_for_it(tmp_path: Path) -> None:
     whole = house.answer(PROMPT, 40)
     stop = whole[5:7]
@@ -227,6 +267,21 @@ async def test_a_stop_string_ends_the_answer_and_the_work_for_it(tmp_path: Path)
         assert await infer_alone(served) == house.answer("xyz", 3)
         assert served.graph.runs <= 8 + 3
         await until(lambda: counted(served) == {"on_time": 2})
+
+
+async def test_what_a_stage_refuses_in_the_middle_has_failed_and_was_no_bad_request(tmp_path: Path) -> None:
+    async with house.served(tmp_path) as served:
+        served.graph.hold()
+        async with asking(served, max_tokens=40) as client:
+            served.graph.allow()
+            await client.begin()
+            await client.event()
+            served.spell.refuses = True
+            served.graph.allow()
+            (error,) = await client.rest()
+            assert error["error"]["code"] == "bad_request"
+        await until(lambda: counted(served) == {"failed": 1})
+        assert "espalier_bad_requests_total{" not in served.page()
 
 
 async def test_what_goes_wrong_before_the_first_token_is_an_ordinary_error(tmp_path: Path) -> None:
