@@ -21,9 +21,9 @@ from services.dataplane.deadline import Deadline
 from services.dataplane.errors import BadRequest, shown
 from services.dataplane.wire import Tensor
 from services.gateway.choices import Choice, Choices
-from services.gateway.openai import DONE, EVENTS, NO_EFFECT, event, parse, prompt_tokens, refuse, texts, with_errors
+from services.gateway.openai import DONE, EVENTS, NO_EFFECT, document, event, parse, prompt_tokens, refuse, texts, with_errors
 from services.gateway.recognition import IMAGE, MESSAGES, chats, prompt_input
-from services.gateway.sampling import Sampling, stop_strings
+from services.gateway.sampling import MAX_TOKENS, Sampling, stop_strings
 from services.gateway.service import REQUEST_ID, Answered, GatewayService, Trace, server_timing
 from services.gateway.table import Plan
 from services.hotpath import JSON, Answer, Request, Stream
@@ -88,7 +88,7 @@ class ChatRequest(_TextRequest):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = MAX_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Completions:
     async def completions(self, asked: Request, trace: Trace) -> Answer | Stream:
         """`POST /v1/completions`, by way of `GatewayService.serve`."""
         with self._service.reading():
-            request = parse(CompletionRequest, _supported(asked.body, _REFUSED_COMPLETION))
+            request = parse(CompletionRequest, _supported(document(asked.body), _REFUSED_COMPLETION))
             plan = self._service.plan(request.model)
             name = prompt_input(plan)
             if name is None:
@@ -132,7 +132,7 @@ class Completions:
     async def chat(self, asked: Request, trace: Trace) -> Answer | Stream:
         """`POST /v1/chat/completions`, by way of `GatewayService.serve`."""
         with self._service.reading():
-            request = parse(ChatRequest, _supported(asked.body, _REFUSED_CHAT))
+            request = parse(ChatRequest, _supported(document(asked.body), _REFUSED_CHAT))
             if request.max_completion_tokens is not None:
                 if request.max_tokens not in (None, request.max_completion_tokens):
                     raise BadRequest("max_tokens and max_completion_tokens say different things; send one of them")
@@ -252,16 +252,10 @@ def _usage(choices: Choices, answered: Answered) -> dict[str, int]:
     return {"prompt_tokens": used, "completion_tokens": choices.tokens, "total_tokens": used + choices.tokens}
 
 
-def _supported(body: bytes, refused: Mapping[str, tuple[Any, ...]]) -> bytes:
-    """The body without the fields that ask for nothing we do not have; BadRequest where one does."""
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the request is not valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise BadRequest("the request must be a JSON object")
-    refuse(document, refused)
-    return orjson.dumps({name: value for name, value in document.items() if name not in refused and name not in NO_EFFECT})
+def _supported(fields: dict[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """A request without the fields that ask for nothing we do not have; BadRequest where one does."""
+    refuse(fields, refused)
+    return {name: value for name, value in fields.items() if name not in refused and name not in NO_EFFECT}
 
 
 # --- chat messages --------------------------------------------------------------------------------------------------------
