@@ -254,6 +254,15 @@ def test_the_limit_is_a_parameter() -> None:
         run(small, JPEG)
 
 
+def test_many_images_of_nothing_are_too_many_at_once() -> None:
+    """A few bytes each, and each as much work as a photograph."""
+    empty = encoded(np.zeros((90, 60, 3), np.uint8), "PNG")
+    small = open_with(max_pixels=60 * 90)
+    assert len(run(small, *[empty] * 8)) == 8
+    with pytest.raises(TooLarge, match="more than 43200 pixels together: send fewer at once"):
+        run(small, *[empty] * 9)
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_broken_files_end_in_an_answer_or_a_refusal(data: st.DataObject) -> None:
