@@ -1,7 +1,7 @@
 """The OpenAI API's text: `POST /v1/completions` and `POST /v1/chat/completions`, whole or streamed as server-sent events.
 
 A stream is sent as its tokens are made. What goes wrong before the first token is an ordinary error; after it the status is
-out, and the error is an event. Stop strings are cut here: a stream that meets one ends there, and with it the work for it.
+out, and the error is an event. Stop strings are cut here: an answer that meets one ends there, and with it the work for it.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ class Completions:
             states = self._service.stream(asked.plan, asked.tensors, asked.until, trace, choices.take)
             first = await anext(states)
             return Stream(200, [*EVENTS, server_timing(first)], with_errors(_events(asked, choices, first, states)))
-        answered = await self._service.run(asked.plan, asked.tensors, asked.until, trace)
+        enough = choices.take if asked.stops else None
+        answered = await self._service.run(asked.plan, asked.tensors, asked.until, trace, enough)
         choices.take(answered.tensors)
         choices.end(answered.tensors)
         body = {

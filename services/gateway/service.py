@@ -24,7 +24,6 @@ from services.dataplane.errors import (
     QueueFull,
     TaskError,
     TooLarge,
-    UpstreamFailed,
 )
 from services.dataplane.pipeline import name_of
 from services.dataplane.routing import RetryBudget, RouteBook
@@ -42,6 +41,9 @@ R = TypeVar("R", Answer, Answer | Stream)
 
 Trace = dict[str, str]
 """Headers that every stage gets too, among them the request's id."""
+
+Enough = Callable[[Mapping[str, Tensor]], bool]
+"""Told of the outputs of a task as far as they have come: whether that is all that is wanted."""
 
 REQUEST_ID = "x-request-id"
 TOKENS_MADE = "output_count"
@@ -146,7 +148,9 @@ class GatewayService:
         encoded, header_length = wire.encode_response(response, model=plan.pipeline.name, version=VERSION)
         return Answer(200, [*content(header_length), server_timing(answered)], encoded)
 
-    async def run(self, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Trace) -> Answered:
+    async def run(
+        self, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Trace, enough: Enough | None = None
+    ) -> Answered:
         """Compute a task and count its outcome, whatever it is.
 
         Args:
@@ -154,6 +158,7 @@ class GatewayService:
             tensors: the request's tensors by reference; those with a default may be missing.
             until: its deadline.
             trace: headers to pass on.
+            enough: told of the outputs as far as they have come; True ends the task there, as if it were complete.
         """
         outcome: str | None = "failed"
         tokens: Tensor | None = None
@@ -165,7 +170,10 @@ class GatewayService:
             self._walker.admit(table, plan, until)
             if plan.optional:
                 tensors = _filled(plan, tensors)
-            bag, hops = await self._walker.run(table, plan, tensors, until, trace)
+            if enough is None:
+                bag, hops = await self._walker.run(table, plan, tensors, until, trace)
+            else:
+                bag, hops = await self._until(enough, table, plan, tensors, until, trace)
             now = time.monotonic()
             outcome = "on_time" if now <= until.due else "late"
             outputs = _outputs(plan, bag)
@@ -181,13 +189,27 @@ class GatewayService:
         finally:
             self._count(plan, until, outcome, time.monotonic(), tokens)
 
+    async def _until(
+        self, enough: Enough, table: Table, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Trace
+    ) -> tuple[dict[str, Tensor], Hops]:
+        """As `Walker.run`, as far as it needs to go."""
+        states = self._walker.stream(table, plan, tensors, until, Pace(None, until.budget_s, whole=True), trace)
+        try:
+            async with asyncio.timeout(until.remaining_s(time.monotonic())), aclosing(states):
+                async for state in states:
+                    if enough(_outputs(plan, state[0])):
+                        break
+        except TimeoutError:
+            raise Expired("the deadline passed while the answer was being made") from None
+        return state
+
     async def stream(
         self,
         plan: Plan,
         tensors: Mapping[str, Tensor],
         until: Deadline,
         trace: Trace,
-        enough: Callable[[Mapping[str, Tensor]], bool] = lambda outputs: False,
+        enough: Enough = lambda outputs: False,
     ) -> AsyncGenerator[Answered]:
         """Compute a task piece by piece and count its one outcome; arguments and errors are those of `run`.
 
@@ -232,8 +254,6 @@ class GatewayService:
                     if ends:
                         return
                     since = time.monotonic()
-            if not first:
-                raise UpstreamFailed("the stream ended before it began")
             outcome = "late" if late else "on_time"
         except TaskError as error:
             outcome = self._failed(error, until, begun=first > 0)

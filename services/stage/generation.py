@@ -22,6 +22,7 @@ from services.dataplane.deadline import Deadline
 from services.dataplane.errors import BadRequest, Expired, NoReplica, QueueFull, TaskError, TooLarge
 from services.dataplane.generation import GenerationEstimate, Member, next_to_join
 from services.dataplane.itinerary import Further
+from services.dataplane.streams import Pace
 from services.dataplane.wire import Array
 from services.stage.metrics import StageMetrics
 from services.stage.parts import Rest
@@ -41,9 +42,8 @@ class _Task:
     until: Deadline
     due: float
     """Instant [s, monotonic] at which the whole answer, or a stream's first token, must be there."""
-    streamed: bool
-    token_s: float | None
-    """Of a stream: longest time between two tokens [s]; None where nobody minds."""
+    pace: Pace | None
+    """Of a stream, which hears of every token; None of an answer that hears of its end."""
     further: tuple[Further, ...] = ()
     """Where the further parts of a cut decoder may be found."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -59,9 +59,14 @@ class _Task:
     """Sequences in the batch it joined."""
 
     @property
+    def whole(self) -> bool:
+        """Whether the deadline is the whole answer's."""
+        return self.pace is None or self.pace.whole
+
+    @property
     def tokens(self) -> int:
         """See `services.dataplane.generation.Asks`."""
-        return 1 if self.streamed else max(row.max_tokens for row in self.rows)
+        return max(row.max_tokens for row in self.rows) if self.whole else 1
 
     @property
     def finished(self) -> bool:
@@ -79,9 +84,9 @@ class _Task:
 
     def member(self, estimate: GenerationEstimate) -> Member:
         """The task as the rule for joining sees it."""
-        if self.streamed:
-            return Member(self.last + self.token_s if self.token_s is not None else math.inf, self.going_on, 1.0)
-        return Member(self.due, self.going_on, self.left(estimate))
+        if self.pace is None or self.pace.whole:
+            return Member(self.due, self.going_on, self.left(estimate))
+        return Member(math.inf if self.pace.token_s is None else self.last + self.pace.token_s, self.going_on, 1.0)
 
 
 class GenerationWorker:
@@ -150,7 +155,7 @@ class GenerationWorker:
         further: tuple[Further, ...] = (),
     ) -> Result:
         """The whole answer of one task; arguments and errors are those of `Worker.compute`, and of `stream`."""
-        task, waiting = self._push(inputs, axes, until, reserve_s, further, streamed=False, token_s=None)
+        task, waiting = self._push(inputs, axes, until, reserve_s, further, None)
         try:
             await task.changed.wait()
             return self._result(task)
@@ -163,7 +168,7 @@ class GenerationWorker:
         axes: Mapping[str, int],
         until: Deadline,
         reserve_s: float,
-        token_s: float | None,
+        pace: Pace,
         further: tuple[Further, ...] = (),
     ) -> AsyncGenerator[Result]:
         """The answer of one task as far as it has come, again whenever there is more; the last one is whole.
@@ -171,15 +176,15 @@ class GenerationWorker:
         Args:
             inputs: checked inputs by name.
             axes: length of every symbolic axis.
-            until: the deadline of the first token.
+            until: the deadline, of what the pace says.
             reserve_s: time the rest of the way needs.
-            token_s: longest time between two tokens that is on time [s], if anybody minds.
+            pace: how fast tokens must come.
             further: where the further parts of a cut decoder may be found, in order.
 
         Raises:
             TaskError: as `compute`; also after the first token.
         """
-        task, waiting = self._push(inputs, axes, until, reserve_s, further, streamed=True, token_s=token_s)
+        task, waiting = self._push(inputs, axes, until, reserve_s, further, pace)
         try:
             while True:
                 await task.changed.wait()
@@ -200,9 +205,7 @@ class GenerationWorker:
         until: Deadline,
         reserve_s: float,
         further: tuple[Further, ...],
-        *,
-        streamed: bool,
-        token_s: float | None,
+        pace: Pace | None,
     ) -> tuple[_Task, Waiting[_Task]]:
         items = axes.get(BATCH_AXIS, 1)
         if items > self._max_batch:
@@ -212,7 +215,7 @@ class GenerationWorker:
                 f"stage {self._processor.spec.name!r} is a part of a decoder cut into {self._processor.parts}; "
                 "its other parts are found by a pipeline only"
             )
-        task = _Task(self._processor.rows(inputs), until, until.due - reserve_s, streamed, token_s, further)
+        task = _Task(self._processor.rows(inputs), until, until.due - reserve_s, pace, further)
         length = max(len(row.prompt) for row in task.rows)
         with self._wake:
             if self._stopped:
@@ -280,7 +283,7 @@ class GenerationWorker:
     def _cleared(self, batch: Batch | None) -> Batch | None:
         """The batch without those who have left, are done, or whose deadline for a whole answer has passed."""
         now = time.monotonic()
-        expired = [task for task in self._members if not task.streamed and now > task.until.due]
+        expired = [task for task in self._members if task.whole and now > task.until.due]
         self._failed(expired, Expired("the deadline passed while the answer was being made", reason="expired"))
         self._members = tuple(t for t in self._members if not (t.gone or t.finished or t.error is not None))
         if batch is None:
@@ -350,7 +353,9 @@ class GenerationWorker:
         done = [task for task in tasks if task.finished]
         for row in (row for task in done for row in task.rows):
             self._estimate.answered(len(row.tokens), row.max_tokens)
-        self._tell([task for task in tasks if task.streamed or task.finished], lambda: self._count(observe, seconds, tokens))
+        self._tell(
+            [task for task in tasks if task.pace is not None or task.finished], lambda: self._count(observe, seconds, tokens)
+        )
 
     def _count(self, observe: Callable[[float], None], seconds: float, tokens: int) -> None:
         observe(seconds)

@@ -320,13 +320,12 @@ class StageService:
         due = until
         try:
             inputs, axes = tensors.bind(self.spec, message, here.take)
-            async with contextlib.aclosing(
-                worker.stream(inputs, axes, until, here.reserve_s, pace.token_s, here.parts)
-            ) as states:
+            async with contextlib.aclosing(worker.stream(inputs, axes, until, here.reserve_s, pace, here.parts)) as states:
                 async for result in states:
                     yield await self._frame(message, here, rest, due, headers, result)
-                    # From here on only the next token has a deadline.
-                    due = Deadline(until.arrived, time.monotonic() - until.arrived + pace.stall_s)
+                    if not pace.whole:
+                        # From here on only the next token has a deadline.
+                        due = Deadline(until.arrived, time.monotonic() - until.arrived + pace.stall_s)
         except TaskError as error:
             if not error.hops:
                 error.hops.insert(0, self._report(here, until, result))

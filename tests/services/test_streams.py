@@ -269,6 +269,55 @@ async def test_a_stop_string_ends_the_answer_and_the_work_for_it(tmp_path: Path)
         await until(lambda: counted(served) == {"on_time": 2})
 
 
+async def asked_whole(served: House, deadline_s: float = 20.0, **fields: Any) -> tuple[int, Any]:
+    body = json.dumps({"model": "write", "prompt": PROMPT, "max_tokens": 40, **fields}).encode()
+    async with Transport() as http:
+        answer = await http.post(f"{served.url}/v1/completions", body, {"x-request-timeout-seconds": str(deadline_s)}, 30.0)
+        return answer.status, json.loads(answer.body)
+
+
+async def test_a_stop_string_ends_an_answer_that_is_not_streamed_and_the_work_for_it_too(tmp_path: Path) -> None:
+    whole = house.answer(PROMPT, 40)
+    async with house.served(tmp_path) as served:
+        served.graph.hold()
+        served.graph.allow(7)
+        status, body = await asked_whole(served, stop=[whole[5:7]])
+        assert status == 200
+        assert body["choices"] == [{"index": 0, "text": whole[:5], "logprobs": None, "finish_reason": "stop"}]
+        assert body["usage"]["completion_tokens"] == 7
+        await until(lambda: in_flight(served) == 0)
+        served.graph.free()
+        assert await infer_alone(served) == house.answer("xyz", 3)
+        assert served.graph.runs <= 8 + 3
+        status, body = await asked_whole(served, stop="never")
+        assert body["choices"][0]["text"] == whole
+        await until(lambda: counted(served) == {"on_time": 3})
+
+
+async def test_its_deadline_is_the_whole_answers(tmp_path: Path) -> None:
+    async with house.served(tmp_path) as served:
+        served.graph.hold()
+        served.graph.allow(2)
+        status, body = await asked_whole(served, deadline_s=0.5, stop="never")
+        assert (status, body["error"]["code"]) == (504, "expired")
+        await until(lambda: in_flight(served) == 0)
+        assert counted(served) == {"expired": 1}
+
+
+async def test_it_is_begun_once_more_where_a_replica_dies_in_the_middle(tmp_path: Path) -> None:
+    whole = house.answer(PROMPT, 40)
+    async with house.served(tmp_path) as served:
+        served.graph.hold()
+        served.graph.allow(3)
+        asked = asyncio.ensure_future(asked_whole(served, stop=[whole[5:7]]))
+        assert await asyncio.to_thread(served.graph.waits.wait, 10)
+        break_off(served.stages["generate"])
+        served.graph.free()
+        status, body = await asked
+        assert (status, body["choices"][0]["text"]) == (200, whole[:5])
+        assert counted(served) == {"on_time": 1}
+
+
 async def test_what_a_stage_refuses_in_the_middle_has_failed_and_was_no_bad_request(tmp_path: Path) -> None:
     async with house.served(tmp_path) as served:
         served.graph.hold()
