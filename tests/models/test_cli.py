@@ -11,6 +11,7 @@ import pytest
 
 from models.__main__ import main
 from models.manifest import load, save
+from tests.models.conftest import keep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -71,6 +72,7 @@ def test_verify_passes_and_fails_by_exit_status(
 
 
 def test_profile_prints_what_it_wrote(exported_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(exported_copy, "tokenise", "encode")
     assert main(["profile", str(exported_copy), "--quick", "--repeats", "1", "-o", "json"]) == 0
     shown = capsys.readouterr()
     encode = json.loads(shown.out)["stages"]["encode"]

@@ -13,7 +13,7 @@ from models.errors import ProfileFailed
 from models.export import export
 from models.manifest import Manifest, ServiceLaw, StageSpec, TensorSpec, describe, load, save
 from models.profile import Grid, Run, _generation, profile, undisturbed
-from tests.models.conftest import EVERY
+from tests.models.conftest import EVERY, keep
 
 _sizes = st.lists(st.integers(1, 4096), min_size=2, max_size=15, unique=True)
 _times = st.floats(1e-5, 10)
@@ -124,6 +124,7 @@ def test_a_file_that_does_not_open_fails_with_the_runtimes_message(exported_copy
 
 
 def test_a_manifest_that_changed_meanwhile_is_left_alone(exported_copy: Path) -> None:
+    keep(exported_copy, "pool")
     changed = load(exported_copy).model_copy(update={"weights": "trained"})
     with pytest.raises(ProfileFailed, match="profile it again"):
         profile(exported_copy, SMALL, lambda _: save(changed, exported_copy))
@@ -133,6 +134,7 @@ def test_a_manifest_that_changed_meanwhile_is_left_alone(exported_copy: Path) ->
 def test_a_stage_that_lacks_a_package_is_left_out_and_the_rest_measured(
     exported_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    keep(exported_copy, "tokenise", "pool")
     # A package of this name, found first, stands for one that is not installed.
     (tmp_path / "tokenizers.py").write_text("raise ModuleNotFoundError('No module named tokenizers')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -141,7 +143,6 @@ def test_a_stage_that_lacks_a_package_is_left_out_and_the_rest_measured(
     assert said == ["tokenise: No module named tokenizers"]
     assert not manifest.stage("tokenise").profile
     assert manifest.stage("pool").profile
-    assert manifest.stage("encode").profile
 
 
 def test_a_part_of_a_cut_decoder_is_left_out(tmp_path: Path) -> None:
