@@ -18,9 +18,9 @@ from services.dataplane.routes import Routes, Service
 from services.dataplane.wire import Array
 from services.gateway.app import Gateway
 from services.stage.app import Replica
+from services.stage.onward import Identity
 from services.stage.processors import Processor
 from services.stage.processors.generate import Generate
-from services.stage.service import Identity
 from services.stage.session import Graph, open_graph
 from tests.services import decoder, harness
 

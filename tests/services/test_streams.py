@@ -231,6 +231,9 @@ async def test_streams_that_are_ended_early_are_not_taken_for_work_that_is_still
             async with asking(served, max_tokens=40, stop=whole[5:7]) as client:
                 await client.begin()
                 assert text(*await client.rest()) == whole[:5]
+        await until(lambda: in_flight(served) == 0)
+        page = served.replicas["generate"].metrics.exposition().decode()
+        assert 'espalier_stage_compute_duration_seconds_count{node="local",stage="generate"} 3.0' in page
         views = [served.gateway._book.view(f"{name}-0") for name in ("tokenise", "generate")]
         assert [view.sent_since for view in views] == [0, 0]
         assert all(view.service_s > 0 for view in views)
