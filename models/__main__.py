@@ -33,6 +33,8 @@ OK, MISSED, BAD_USAGE, SETUP_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 MODELS = Path("out/models")
 DETERMINISTIC = 0.01
 """Squared coefficient of variation below which a service time is called near deterministic: it strays by less than 10 %."""
+ENOUGH = 10
+"""Undisturbed runs beyond the first at each size before anything is said of how they vary."""
 
 _stderr = Console(stderr=True, highlight=False)
 _models_dir = click.option(
@@ -358,7 +360,7 @@ def _core_table(stage: StageSpec, precision: Precision, found: StageProfile) -> 
     for point in found.points:
         predicted = found.law.mean_s(stage.units(stage.inputs[0].sized(point.batch, point.length)))
         times = (f"{t * 1e3:.2f}" for t in (point.mean_s, point.p50_s, point.p95_s, point.p99_s, predicted))
-        spread = f"{(point.std_s / point.mean_s) ** 2:.4f}"
+        spread = f"{(point.std_s / point.mean_s) ** 2:.4f}" if point.samples > 1 else "-"
         table.add_row(str(point.batch), str(point.length), *times, spread, str(point.samples))
     law = found.law
     lines = [f"t(u) = {law.base_s * 1e3:.3f} ms + {law.per_unit_s * 1e6:.1f} µs u, tail ×{law.tail_ratio:.2f}"]
@@ -369,12 +371,19 @@ def _core_table(stage: StageSpec, precision: Precision, found: StageProfile) -> 
             f"reading {read.base_s * 1e3:.2f} ms + {read.per_unit_s * 1e6:.1f} µs a token of the prompt",
             f"each further token {step.base_s * 1e3:.2f} ms + {step.per_unit_s * 1e6:.2f} µs a token so far",
         ]
-    steady = "near deterministic" if found.cv2 < DETERMINISTIC else "not deterministic"
-    lines.append(f"cv² {found.cv2:.4f}, {steady}; resident {found.resident_bytes / 1e6:.0f} MB, load {found.load_s:.2f} s")
+    lines.append(f"{_steadiness(found)}; resident {found.resident_bytes / 1e6:.0f} MB, load {found.load_s:.2f} s")
     if found.disturbed_runs:
         lines.append(f"{found.disturbed_runs} disturbed runs left out")
     table.caption = "\n".join(lines)
     return table
+
+
+def _steadiness(found: StageProfile) -> str:
+    """How much the service time at one size varies; single runs say nothing about it."""
+    again = sum(point.samples - 1 for point in found.points)
+    if again < ENOUGH:
+        return "cv² unknown, too few undisturbed runs (--repeats asks for more)"
+    return f"cv² {found.cv2:.4f}, {'near' if found.cv2 < DETERMINISTIC else 'not'} deterministic"
 
 
 if __name__ == "__main__":

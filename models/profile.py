@@ -235,7 +235,10 @@ def _in_fresh_process(stage: str, job: Mapping[str, Any]) -> Measured:
 
 
 def _summary(point: tuple[int, int], times_s: Sequence[float]) -> ServicePoint:
-    """Quantiles are interpolated; of fewer than 100 samples the 99 % one is little more than the largest."""
+    """Quantiles are interpolated; of fewer than 100 samples the 99 % one is little more than the largest.
+
+    The standard deviation is the unbiased one, since on a busy machine there may be two or three samples left; of one it is 0.
+    """
     batch, length = point
     p50_s, p95_s, p99_s = np.quantile(times_s, [0.5, 0.95, 0.99])
     return ServicePoint(
@@ -243,7 +246,7 @@ def _summary(point: tuple[int, int], times_s: Sequence[float]) -> ServicePoint:
         length=length,
         samples=len(times_s),
         mean_s=float(np.mean(times_s)),
-        std_s=float(np.std(times_s)),
+        std_s=float(np.std(times_s, ddof=1)) if len(times_s) > 1 else 0.0,
         p50_s=float(p50_s),
         p95_s=float(p95_s),
         p99_s=float(p99_s),

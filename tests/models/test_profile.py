@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models.errors import ProfileFailed
 from models.export import export
 from models.manifest import Manifest, ServiceLaw, StageSpec, TensorSpec, describe, load, save
-from models.profile import Grid, Run, _generation, profile, undisturbed
+from models.profile import Grid, Run, _generation, _summary, profile, undisturbed
 from tests.models.conftest import EVERY, keep
 
 _sizes = st.lists(st.integers(1, 4096), min_size=2, max_size=15, unique=True)
@@ -69,6 +69,11 @@ def test_a_single_size_gives_a_line_through_the_origin() -> None:
 def test_runs_that_others_disturbed_are_left_out(shares: list[float], kept: list[float]) -> None:
     runs = [Run(wall_s=i + 1.0, cpu_s=(i + 1.0) * share) for i, share in enumerate(shares)]
     assert [run.wall_s for run in undisturbed(runs)] == kept
+
+
+def test_the_spread_of_a_few_runs_is_not_made_smaller_by_their_being_few() -> None:
+    assert _summary((1, 8), [1.0, 3.0]).std_s == pytest.approx(2**0.5)
+    assert _summary((1, 8), [1.0]).std_s == 0
 
 
 def test_an_answer_is_a_prompt_read_and_tokens_one_by_one() -> None:
