@@ -7,7 +7,6 @@ out, and the error is an event. Stop strings are cut here: an answer that meets 
 from __future__ import annotations
 
 import base64
-import binascii
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -309,5 +308,5 @@ def _image(url: Any, where: str) -> bytes:
         )
     try:
         return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise BadRequest(f"{where}.image_url: the data is not base64") from None

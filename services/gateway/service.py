@@ -345,7 +345,9 @@ def _filled(plan: Plan, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     left_out = [plan.inputs[name] for name in plan.optional if f"request.{name}" not in tensors]
     if not left_out:
         return tensors
-    given = ((tensor.array.shape, plan.inputs[name_of(ref)].batch_axis) for ref, tensor in tensors.items())
+    # Those that must be there first: they say how many items there are, and one of another length is then told to be wrong.
+    first = sorted(tensors.items(), key=lambda item: name_of(item[0]) in plan.optional)
+    given = ((tensor.array.shape, plan.inputs[name_of(ref)].batch_axis) for ref, tensor in first)
     items = next((shape[axis] for shape, axis in given if axis is not None), 1)
     filled = dict(tensors)
     for spec in left_out:

@@ -292,6 +292,10 @@ async def test_triton_leaves_out_what_has_a_default(served: House) -> None:
         some = number("max_tokens", np.array([3, 5]), "INT64", True)
         answer = await client.infer("write", [texts("text", prompts, True), some])
         assert answer.as_numpy("text").tolist() == [house.answer("ade", 3).encode(), house.answer("hello", 5).encode()]
+        for order in (1, -1):
+            wrong = [texts("text", prompts, True), number("seed", np.array([3]), "INT64", True)][::order]
+            with pytest.raises(InferenceServerException, match=r"input 'seed' must have shape \[2\], not \[1\]"):
+                await client.infer("write", wrong)
         with pytest.raises(InferenceServerException, match="input 'text' of pipeline 'write' is missing"):
             await client.infer("write", [some])
     async with triton_aio.InferenceServerClient(served.stages["generate"].removeprefix("http://")) as client:

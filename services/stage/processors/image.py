@@ -29,8 +29,14 @@ made RGB."""
 PIXELS_TOGETHER = 8
 """Times as many pixels may all images of a request have together: an image of one colour is a few bytes and takes a third of a
 second, and a request of hundreds would hold the stage for a minute."""
+MAX_SCANS = 64
+"""Most scans of a JPEG. A progressive one has about ten; another is thirty bytes, and goes through all pixels again."""
 EXAMPLE = (640, 480)
 """Width and height of the image a stage is warmed up with."""
+
+_JPEGS = ("JPEG", "MPO")
+"""The same as Pillow calls them; the other one has several images, the first of which is taken."""
+_START_OF_SCAN = b"\xff\xda"
 
 # Its own limit is ten times ours, and for the most part a warning.
 Image.MAX_IMAGE_PIXELS = None
@@ -103,6 +109,9 @@ class Preprocess:
             raise TooLarge(
                 f"image {index} has {image.width} x {image.height} pixels; the limit is {self._max_pixels} in all: shrink it"
             )
+        # Within the data of a scan no such two bytes stand, so they are not found too often by chance.
+        if image.format in _JPEGS and (scans := raw.count(_START_OF_SCAN)) > MAX_SCANS:
+            raise TooLarge(f"image {index} has {scans} scans; the limit is {MAX_SCANS}: encode it again")
         return image
 
     def _decode(self, index: int, image: Image.Image) -> Image.Image:
