@@ -33,8 +33,8 @@ OK, MISSED, BAD_USAGE, SETUP_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 MODELS = Path("out/models")
 DETERMINISTIC = 0.01
 """Squared coefficient of variation below which a service time is called near deterministic: it strays by less than 10 %."""
-ENOUGH = 10
-"""Undisturbed runs beyond the first at each size before anything is said of how they vary."""
+ENOUGH = 4
+"""Undisturbed runs beyond the first at each size before anything is said of how they vary: five rounds of one long run."""
 
 _stderr = Console(stderr=True, highlight=False)
 _models_dir = click.option(
