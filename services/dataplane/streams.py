@@ -70,7 +70,7 @@ class Pace:
         if value is None:
             return None
         fields = value if isinstance(value, dict) else {}
-        token, stall, whole = fields.get("token"), fields.get("stall"), fields.get("whole")
+        token, stall, whole = fields.get("token"), fields.get("stall"), fields.get("whole", False)
         if not (_is_time(stall) and (token is None or _is_time(token)) and isinstance(whole, bool)):
             raise BadRequest(f"parameters.{PARAMETER} is malformed; only a gateway makes one, leave it out")
         return cls(None if token is None else token / 1e6, stall / 1e6, whole)
