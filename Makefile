@@ -29,7 +29,7 @@ demo: ## the whole system on this machine, 60 s of load, the on-time table, out/
 
 up: $(READY) ## export the models and start TESTBED (default: the demo's) in the background
 	$(BIN)/espalier export $(TESTBED)
-	$(BIN)/espalier up $(TESTBED)
+	$(BIN)/espalier up $(TESTBED) --limit 180
 	@echo "now: source $(VENV)/bin/activate, then espalier status | scale | bench | down"
 
 down: $(READY) ## drain and stop what `make up` started
