@@ -32,7 +32,7 @@ boxes: ## three engines on this machine as one Swarm, a testbed over them, load,
 
 up: $(READY) ## export the models and start TESTBED (default: the demo's) in the background
 	$(BIN)/espalier export $(TESTBED)
-	$(BIN)/espalier up $(TESTBED)
+	$(BIN)/espalier up $(TESTBED) --limit 180
 	@echo "now: source $(VENV)/bin/activate, then espalier status | scale | bench | down"
 
 down: $(READY) ## drain and stop what `make up` started

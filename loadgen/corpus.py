@@ -163,10 +163,9 @@ def _audio(names: Collection[str], rng: np.random.Generator) -> bytes:
 
 
 def _messages(names: Collection[str], rng: np.random.Generator) -> bytes:
-    content: str | list[dict[str, str]] = _short(names, rng).decode()
-    if IMAGE in names:
-        # The image itself travels beside the messages; here is its place among the words.
-        content = [{"type": "image"}, {"type": "text", "text": str(content)}]
+    asked = _short(names, rng).decode()
+    # The image itself travels beside the messages; here is its place among the words.
+    content = [{"type": "image"}, {"type": "text", "text": asked}] if IMAGE in names else asked
     return orjson.dumps([{"role": "user", "content": content}])
 
 

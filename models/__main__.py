@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from models.errors import CheckpointError, ModelsError
-from models.manifest import MANIFEST_NAME, ManifestError, Precision
+from models.manifest import MANIFEST_NAME, SHORT_PRECISIONS, ManifestError, Precision
 
 if TYPE_CHECKING:
     from models.manifest import Manifest, StageProfile, StageSpec, Weights
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 OK, MISSED, BAD_USAGE, SETUP_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 MODELS = Path("out/models")
-SHORT: dict[str, Precision] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
-"""What a precision may be called besides its own name."""
 DETERMINISTIC = 0.01
 """Squared coefficient of variation below which a service time is called near deterministic: it strays by less than 10 %."""
+ENOUGH = 4
+"""Undisturbed runs beyond the first at each size before anything is said of how they vary: five rounds of one long run."""
 
 _stderr = Console(stderr=True, highlight=False)
 _models_dir = click.option(
@@ -56,12 +56,12 @@ class _Precision(click.ParamType[Precision]):
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         del param, ctx
-        return "[" + "|".join(SHORT) + "]"
+        return "[" + "|".join(SHORT_PRECISIONS) + "]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Precision:
-        found: Precision = SHORT.get(value, value)
+        found: Precision = SHORT_PRECISIONS.get(value, value)
         if found not in get_args(Precision):
-            self.fail(f"{value!r} is not one of {', '.join(SHORT)}", param, ctx)
+            self.fail(f"{value!r} is not one of {', '.join(SHORT_PRECISIONS)}", param, ctx)
         return found
 
 
@@ -291,14 +291,9 @@ def profile(
     grid = dataclasses.replace(grid, threads=threads, rounds=repeats or grid.rounds)
     left_out: list[str] = []
     with _stderr.status(f"looking at {directory}") as status:
-
-        def report(text: str) -> None:
-            status.update(text)
-            left_out.extend([text] if text.startswith("leaving out") else [])
-
-        manifest = profiling.profile(directory, grid, report)
+        manifest = profiling.profile(directory, grid, status.update, left_out.append)
     for line in left_out:
-        _stderr.print(line, markup=False, soft_wrap=True)
+        _stderr.print(f"not measured: {line}", markup=False, soft_wrap=True)
     for table in _profile_tables(manifest):
         _stderr.print(table)
     if plotting.available():
@@ -365,7 +360,7 @@ def _core_table(stage: StageSpec, precision: Precision, found: StageProfile) -> 
     for point in found.points:
         predicted = found.law.mean_s(stage.units(stage.inputs[0].sized(point.batch, point.length)))
         times = (f"{t * 1e3:.2f}" for t in (point.mean_s, point.p50_s, point.p95_s, point.p99_s, predicted))
-        spread = f"{(point.std_s / point.mean_s) ** 2:.4f}"
+        spread = f"{(point.std_s / point.mean_s) ** 2:.4f}" if point.samples > 1 else "-"
         table.add_row(str(point.batch), str(point.length), *times, spread, str(point.samples))
     law = found.law
     lines = [f"t(u) = {law.base_s * 1e3:.3f} ms + {law.per_unit_s * 1e6:.1f} µs u, tail ×{law.tail_ratio:.2f}"]
@@ -376,12 +371,19 @@ def _core_table(stage: StageSpec, precision: Precision, found: StageProfile) -> 
             f"reading {read.base_s * 1e3:.2f} ms + {read.per_unit_s * 1e6:.1f} µs a token of the prompt",
             f"each further token {step.base_s * 1e3:.2f} ms + {step.per_unit_s * 1e6:.2f} µs a token so far",
         ]
-    steady = "near deterministic" if found.cv2 < DETERMINISTIC else "not deterministic"
-    lines.append(f"cv² {found.cv2:.4f}, {steady}; resident {found.resident_bytes / 1e6:.0f} MB, load {found.load_s:.2f} s")
+    lines.append(f"{_steadiness(found)}; resident {found.resident_bytes / 1e6:.0f} MB, load {found.load_s:.2f} s")
     if found.disturbed_runs:
         lines.append(f"{found.disturbed_runs} disturbed runs left out")
     table.caption = "\n".join(lines)
     return table
+
+
+def _steadiness(found: StageProfile) -> str:
+    """How much the service time at one size varies; single runs say nothing about it."""
+    again = sum(point.samples - 1 for point in found.points)
+    if again < ENOUGH:
+        return "cv² unknown, too few undisturbed runs (--repeats asks for more)"
+    return f"cv² {found.cv2:.4f}, {'near' if found.cv2 < DETERMINISTIC else 'not'} deterministic"
 
 
 if __name__ == "__main__":

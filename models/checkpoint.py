@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models import seeded
+from models.directory import Report
 from models.errors import CheckpointError
 from models.hugging_face import quiet
 from models.manifest import Weights, sha256
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 _CHECKPOINT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*/config.json")
+_SAME_AGAIN = ("onnx/*", "openvino/*", "original/*", "consolidated*")
+"""Of a repository of the hub: the same weights in other forms, which may be as large again."""
 
 
 @dataclass(frozen=True)
@@ -79,25 +82,28 @@ class Checkpoint:
             raise CheckpointError(f"{self.source}: {name} is not JSON: {error}") from error
 
 
-def resolve(source: str) -> Checkpoint:
-    """Find the checkpoint a user named.
+def resolve(source: str, report: Report = lambda _: None) -> Checkpoint:
+    """Find the checkpoint a user named, and build it where it is one of the catalogue's own that is not there yet.
 
     Args:
         source: A name of the catalogue, a directory, or a hub id (`organisation/name`).
+        report: Told what is being done, where it takes more than a look.
 
     Raises:
         CheckpointError: nothing of that name, or no weights in safetensors there.
+        ExportFailed: it would have to be built first, and the place for it cannot be written.
     """
     if source in PACKAGES:
         return _from_package(source, PACKAGES[source])
     if source in seeded.CATALOGUE:
-        directory = seeded.checkpoint_directory(source).resolve()
+        directory = seeded.checkpoint_directory(source, report).resolve()
         return _read(directory, source, f"{source}@{_fingerprint(directory)[:12]}")
     directory = Path(source).expanduser()
     if directory.is_dir():
         directory = directory.resolve()
         return _read(directory, name_of(source), f"{directory.name}@{_fingerprint(directory)[:12]}")
     if _HUB_ID.match(source):
+        report(f"fetching {source}")
         return _from_hub(source)
     raise CheckpointError(f"{source!r} is neither a directory, nor a hub id, nor one of: {', '.join(catalogue())}")
 
@@ -186,7 +192,7 @@ def _from_hub(hub_id: str) -> Checkpoint:
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
     try:
-        path = snapshot_download(hub_id, allow_patterns=list(_CHECKPOINT_FILES), ignore_patterns=["onnx/*", "openvino/*"])
+        path = snapshot_download(hub_id, allow_patterns=list(_CHECKPOINT_FILES), ignore_patterns=list(_SAME_AGAIN))
     except (OSError, ValueError) as error:  # every error of huggingface_hub is one of the two
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(

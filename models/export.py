@@ -93,7 +93,7 @@ def export(
         NotEnoughSpace: the disk is too full.
         ExportFailed: the exporter broke down, or the directory cannot be written.
     """
-    checkpoint = resolve(source)
+    checkpoint = resolve(source, report)
     if out.resolve() == checkpoint.directory:
         raise ExportFailed(f"{out}: is the checkpoint itself; name another directory with --out")
     adapter = adapters.adapter_for(checkpoint)

@@ -31,6 +31,8 @@ Weights = Literal["trained", "seeded"]
 """`seeded`: the real architecture with random weights of a stated seed, good for measuring, useless for answers."""
 Precision = Literal["float32", "float16", "int8"]
 """What the weights are stored as. What travels between stages is what a stage's tensors say, whatever the precision."""
+SHORT_PRECISIONS: Mapping[str, Precision] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+"""What a precision may be called besides its own name, on the command line and in a testbed."""
 GENERATE = "generate"
 """The processor of a core stage that makes tokens one after another; it keeps the tasks of a batch apart itself."""
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")]

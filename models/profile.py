@@ -90,15 +90,14 @@ class Unavailable(Exception):
     """The stage needs a package that is not installed here."""
 
 
-def profile(out: Path, grid: Grid, report: Report = lambda _: None) -> Manifest:
+def profile(out: Path, grid: Grid, report: Report = lambda _: None, left_out: Report = lambda _: None) -> Manifest:
     """Measure every stage of an export in every precision, and save the result in its manifest.
-
-    A light stage that needs a package which is not installed is left out, and reported.
 
     Args:
         out: Directory of the export.
         grid: Where to measure. Lengths beyond the model's longest input and batches beyond a stage's largest are left out.
         report: Told what is being done.
+        left_out: Told of each stage that is not measured, and why: it needs a package that is not installed, or other stages.
 
     Returns:
         The manifest as saved.
@@ -108,7 +107,7 @@ def profile(out: Path, grid: Grid, report: Report = lambda _: None) -> Manifest:
         ProfileFailed: a measuring process broke down, or the directory was exported anew meanwhile.
     """
     manifest = load(out)
-    measured = {stage.name: _profile_stage(manifest, stage, out, grid, report) for stage in manifest.stages}
+    measured = {stage.name: _profile_stage(manifest, stage, out, grid, report, left_out) for stage in manifest.stages}
     # Another export may have come in while we measured; its files are not the ones measured.
     with directory.locked(out, report):
         if load(out) != manifest:
@@ -130,11 +129,11 @@ def undisturbed(runs: Sequence[Run]) -> list[Run]:
 
 
 def _profile_stage(
-    manifest: Manifest, stage: StageSpec, out: Path, grid: Grid, report: Report
+    manifest: Manifest, stage: StageSpec, out: Path, grid: Grid, report: Report, left_out: Report
 ) -> dict[Precision, StageProfile]:
     profiles: dict[Precision, StageProfile] = {}
     if _continues_a_decoder(stage):
-        report(f"leaving out {stage.name}, which only works beside the part before it")
+        left_out(f"{stage.name}: a part of a cut decoder works only beside the others")
         return profiles
     for precision in stage.files:
         files = [str(path.resolve()) for path in check_files(stage, precision, out)]
@@ -143,7 +142,7 @@ def _profile_stage(
             counts = grid.threads if stage.tier == "core" else (1,)
             each = [_measure(manifest, stage, precision, files, threads, grid, report) for threads in counts]
         except Unavailable as error:
-            report(f"leaving out {stage.name}: {error}")
+            left_out(f"{stage.name}: {error}")
             continue
         profiles[precision] = each[0].model_copy(update={"other_threads": tuple(each[1:])})
     return profiles
@@ -236,7 +235,10 @@ def _in_fresh_process(stage: str, job: Mapping[str, Any]) -> Measured:
 
 
 def _summary(point: tuple[int, int], times_s: Sequence[float]) -> ServicePoint:
-    """Quantiles are interpolated; of fewer than 100 samples the 99 % one is little more than the largest."""
+    """Quantiles are interpolated; of fewer than 100 samples the 99 % one is little more than the largest.
+
+    The standard deviation is the unbiased one, since on a busy machine there may be two or three samples left; of one it is 0.
+    """
     batch, length = point
     p50_s, p95_s, p99_s = np.quantile(times_s, [0.5, 0.95, 0.99])
     return ServicePoint(
@@ -244,7 +246,7 @@ def _summary(point: tuple[int, int], times_s: Sequence[float]) -> ServicePoint:
         length=length,
         samples=len(times_s),
         mean_s=float(np.mean(times_s)),
-        std_s=float(np.std(times_s)),
+        std_s=float(np.std(times_s, ddof=1)) if len(times_s) > 1 else 0.0,
         p50_s=float(p50_s),
         p95_s=float(p95_s),
         p99_s=float(p99_s),

@@ -213,6 +213,7 @@ def verify(what: str, source: str | None, models_dir: Path) -> None:
 @_models_dir
 @click.option("--quick", is_flag=True, help="Fewer samples.")
 @click.option("--threads", metavar="N[,N...]", help="Threads of a replica of a core stage [default: 1].")
+@click.option("--repeats", type=click.IntRange(min=1), help="Rounds over all points [default: 5, or 3 with --quick].")
 @click.option("--plot", help="Draw the profile of one MODEL into this file [default: profile.svg beside its manifest].")
 def profile(what: str, models_dir: Path, plot: str | None, **options: Any) -> None:
     """Measure service times and memory of the exported stages of a model, or of every model of a testbed, on this machine.

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from loadgen import arrivals
-from models.manifest import Name, Precision, Tier
+from models.manifest import SHORT_PRECISIONS, Name, Precision, Tier
 from orchestrator import core, marked_yaml, units
 from orchestrator.costs import Prices
 from orchestrator.errors import Infeasible, TestbedInvalid
@@ -36,12 +36,10 @@ Bandwidth = Annotated[float, BeforeValidator(units.bytes_per_s)]
 MISSING = "is missing"
 EVERYWHERE = "all"
 """In place of the gateway's node."""
-PRECISIONS: Mapping[str, Precision] = {"fp32": "float32", "fp16": "float16"}
-"""Short names that the command line takes too."""
 
 
 def _in_full(value: Any) -> Any:
-    return PRECISIONS.get(value, value) if isinstance(value, str) else value
+    return SHORT_PRECISIONS.get(value, value) if isinstance(value, str) else value
 
 
 StoredAs = Annotated[Precision, BeforeValidator(_in_full)]

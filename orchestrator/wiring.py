@@ -152,6 +152,13 @@ class _Wires:
         if number > 1:
             self._complain(path, f"{service!r} is part {number} of a decoder; a step names the first, which calls it")
             return
+        if parts > 1 and stage.parameters.get("encoder"):
+            self._complain(
+                path,
+                f"{service!r} is a part of a decoder that attends to an encoder, and such a decoder is served whole only: "
+                f"give model {section.model!r} no cut",
+            )
+            return
         for i in range(2, parts + 1):
             wanted = f"{stage.name.rpartition('-')[0]}-{i}"
             found = [name for name, each in self.services.items() if (each.model, each.stage) == (section.model, wanted)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,14 +95,17 @@ class Forwarder:
             while piece := await answer.read(stall_s):
                 for frame in reader.feed(piece):
                     if frame.kind == "error":
-                        raise streams.failure(frame, call.service)
+                        raise _believed(streams.failure(frame, call.service))
                     yield frame
-                    if frame.kind != "answer":
-                        await answer.read(stall_s)  # the end of the HTTP answer, so that the connection can be kept
+                    if frame.kind == "end":
+                        # The end of the HTTP answer, so that the connection can be kept; nobody misses it.
+                        with contextlib.suppress(Unreachable, TimedOut):
+                            await answer.read(stall_s)
                         return
             raise UpstreamFailed(f"service {call.service!r} ended a stream in the middle", stage=call.service)
         except Unreachable as error:
             self.book.failed(call.replica, time.monotonic())
+            call.failed.append(call.replica)
             raise UpstreamFailed(f"service {call.service!r} broke off ({error})", stage=call.service) from None
         except TimedOut:
             raise Expired(f"no token came from service {call.service!r} for {stall_s:.3f} s", stage=call.service) from None
@@ -162,6 +166,11 @@ def _refusal(answer: HttpAnswer, service: str) -> errors.TaskError:
         stage=service,
         retry_after_s=float(after) if after.isdecimal() else None,
     )
+    return _believed(error)
+
+
+def _believed(error: errors.TaskError) -> errors.TaskError:
+    """What another process said went wrong, with its hops' reports only where they are some."""
     try:
         error.hops = itinerary.reports(error.hops)
     except ValueError:

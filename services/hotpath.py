@@ -87,7 +87,7 @@ class Endpoint:
             raise
         except Exception as error:  # the boundary: whatever it was, the service goes on
             log.error("a request failed", exc_info=error)
-            return self.refuse(InternalFailure(f"internal error ({type(error).__name__}); the server's log has the details"))
+            return self.refuse(InternalFailure.of(error))
 
     def refuse(self, error: TaskError) -> Answer:
         """The one way an error is told: its status, its JSON object, Retry-After where it knows one."""

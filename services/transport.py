@@ -236,6 +236,7 @@ class StreamedAnswer:
         if not self._closed:
             self._closed = True
             self._give_back()
+            self.parser = None  # which knows this answer: together they would stay until the collector comes
 
     async def begun(self, timeout_s: float) -> None:
         """Wait for the headers, or all of it where it is no 200; see `_Connection.begin`."""

@@ -290,6 +290,12 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, context: int, pad: int, further
     return Piece(piece.spec.model_copy(update={"inputs": (*piece.spec.inputs, special)}), assets=piece.assets)
 
 
+def template_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The conversation's template that the tokenizer carries; of several by name the default one."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
 def chat(tokenizer: PreTrainedTokenizerFast, template: str, rule: str) -> Piece:
     """The light stage from a conversation to the text that the checkpoint was trained to go on with.
 

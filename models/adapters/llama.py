@@ -35,9 +35,7 @@ def cut(checkpoint: Checkpoint, parts: int = 1) -> Cut:
     refuse_variants(checkpoint, model.config)
     tokenizer = load_tokenizer(checkpoint)
     sequences = decoder.Sequences.of(model, int(model.config.max_position_embeddings))
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    template = decoder.template_of(tokenizer)
     return Cut(
         architecture=type(model).__name__,
         family="llama",

@@ -91,8 +91,7 @@ def chat_template(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerFast) ->
         template = (checkpoint.document(name) or {}).get("chat_template")
         if isinstance(template, str):
             return template
-    template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
+    return decoder.template_of(tokenizer)
 
 
 def _project(checkpoint: Checkpoint, model: Any, seeing: StageSpec) -> Piece:

@@ -8,6 +8,7 @@ cross-attention are made once for each sequence, by a second graph of `generate`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -191,12 +192,8 @@ def _log_mel(checkpoint: Checkpoint, config: Any) -> Piece:
 
 def _sequences(checkpoint: Checkpoint, model: Any) -> decoder.Sequences:
     """How transcriptions begin and end."""
-    from dataclasses import replace  # noqa: PLC0415
-
-    context = int(model.config.max_target_positions)
-    return replace(
-        decoder.Sequences.of(model, context), prefix=tuple(prefix(checkpoint, model.generation_config, model.config))
-    )
+    begins = prefix(checkpoint, model.generation_config, model.config)
+    return replace(decoder.Sequences.of(model, int(model.config.max_target_positions)), prefix=tuple(begins))
 
 
 def prefix(checkpoint: Checkpoint, settings: Any, config: Any) -> list[int]:

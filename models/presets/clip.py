@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.adapters.image import MEAN, STD
 from models.presets import vocabulary
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's training images, as every CLIP has them."""
 
 
 @dataclass(frozen=True)

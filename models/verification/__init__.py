@@ -65,7 +65,7 @@ def verify(directory: Path, source: str, seed: int = 0, report: Report = lambda 
     manifest = load(directory)
     if manifest.family not in FAMILIES:
         raise UnsupportedCheckpoint(f"{directory}: family {manifest.family!r} is not one of {', '.join(FAMILIES)}")
-    checkpoint = resolve(source)
+    checkpoint = resolve(source, report)
     compare: Compare = importlib.import_module(f"models.verification.{FAMILIES[manifest.family]}").compare
     figures = compare(manifest, directory, checkpoint, np.random.default_rng(seed), report)
     return Verdict(manifest, checkpoint.source, tuple(figures))

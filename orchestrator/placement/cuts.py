@@ -298,7 +298,7 @@ def _losses(services: tuple[str, str], source: Part, target: Part) -> Iterable[s
 def _stops(source: Part, target: Part, fused: StageSpec) -> Iterable[str]:
     most = max((part.stage.max_batch for part in (source, target) if part.stage.tier == "core"), default=1)
     if GENERATE in (source.stage.processor, target.stage.processor):
-        yield "answers would come whole, and no longer as a stream"
+        yield "answers would no longer stream"
     if fused.max_batch < most:
         yield f"batches would be of at most {fused.max_batch} instead of {most}"
 

@@ -33,11 +33,13 @@ from orchestrator.placement.problem import EPSILON, RESOURCES, Bools, Demand, Ed
 
 Status = Literal["optimal", "incumbent", "greedy", "spread"]
 """Within the gap asked for; at the time limit the best that was found, or a heuristic's, whichever is cheapest."""
+State = Literal["found", "infeasible", "nothing"]
+"""Of one run of the solver: a placement, the proof that there is none, or neither within the time."""
 TIE = 1e-7
 """Price of a replica's node number, as a share of the mean replica price: among equals the earlier node wins."""
 PRUNE_ABOVE, PRUNE_FACTOR = 12, 3.0
 """With more nodes than that only candidates are considered: at least so many, with so many times the room that is needed."""
-NARROW_SHARE, SUPPORT = 0.5, 1e-4
+NARROW_SHARE, SUPPORT = 0.4, 1e-4
 """Share of the time for the program where the relaxation has replicas; and what of one counts there."""
 
 
@@ -140,6 +142,8 @@ class Model:
     need_after_loss: cp.Parameter = field(init=False)
     most: cp.Parameter = field(init=False)
     current: cp.Parameter = field(init=False)
+    open: cp.Parameter = field(init=False)
+    """Where replicas may be now, of the candidates; all of them but while only a few are looked at."""
     shares: list[dict[str, cp.Variable]] = field(default_factory=list)
     links: list[list[cp.Variable]] = field(default_factory=list)
 
@@ -160,6 +164,7 @@ class Model:
         self.need_after_loss = cp.Parameter(s, nonneg=True)
         self.most = cp.Parameter(s, nonneg=True)
         self.current = cp.Parameter((s, n), nonneg=True)
+        self.open = cp.Parameter((s, n), nonneg=True, value=self.hosts.astype(float))
         for demand in self.commodities:
             self.shares.append({v.id: cp.Variable(len(self.at(v.service)), nonneg=True) for v in demand.visits})
             self.links.append([cp.Variable((len(self.ends(k, e.source)), len(self.ends(k, e.target))), nonneg=True)
@@ -203,12 +208,11 @@ def conservation(m: Model) -> list[cp.Constraint]:
 
 
 def support(m: Model) -> list[cp.Constraint]:
-    """Present <= x <= most present; nothing outside the candidates; a node with anything on it is used."""
-    blocked = np.where(m.hosts, 0.0, 1.0)
+    """Present <= x <= most present; nothing outside what is open; a node with anything on it is used."""
     return [
         m.x >= m.present,
         m.x <= cp.diag(m.most) @ m.present,
-        cp.sum(cp.multiply(blocked, m.present)) == 0,
+        m.present <= m.open,
         m.present <= np.ones((m.hosts.shape[0], 1)) @ cp.reshape(m.used, (1, m.hosts.shape[1]), order="C"),
     ]
 
@@ -465,14 +469,8 @@ class Program:
         if pairs not in self._compiled:
             self._compiled[pairs] = Compiled.of(self.model, pairs)
         known, limits = self._known(strains) if rates is None else [], limits or self.limits
-        narrow: Solution | None = None
-        if self.model.hosts.shape[1] > PRUNE_ABOVE:
-            narrow, known = self._narrowed(problem, current, limits, strains, known)
-        found, cuts = narrow or "out of time", known
-        if narrow is None or narrow.gap is None or narrow.gap > limits.gap:
-            rest = replace(limits, time_s=limits.time_s - (narrow.solve_s if narrow is not None else 0.0))
-            whole, cuts = _search(problem, self.model, self._compiled[pairs], rest, strains, known, self.model.hosts)
-            found = _better(narrow, whole)
+        relaxed = self._relaxed(problem, current, limits, known) if self.model.hosts.shape[1] > PRUNE_ABOVE else None
+        found, cuts = _search(problem, self.model, self._compiled[pairs], limits, strains, known, relaxed)
         self._cuts = self._cuts if rates is not None else list(dict.fromkeys([*self._cuts, *cuts]))
         if isinstance(found, Solution):
             beaten = found.status == "incumbent" and not alone
@@ -485,34 +483,14 @@ class Program:
             raise Infeasible(told(relax(problem, self.limits)))
         return at_the_limit(problem, None, self.limits.time_s, current)
 
-    def _narrowed(
-        self,
-        problem: Problem,
-        current: Placement | None,
-        limits: Limits,
-        strains: Mapping[str, Strain],
-        known: Sequence[Cut],
-    ) -> tuple[Solution | None, list[Cut]]:
-        """The program only where its linear relaxation puts anything, which is solved in a fraction of the time.
-
-        The relaxation's cost bounds that of every placement among the candidates, so the answer says how good it is.
-        """
+    def _relaxed(self, problem: Problem, current: Placement | None, limits: Limits, known: Sequence[Cut]) -> Relaxed | None:
+        """The linear relaxation; None where it was not solved in time."""
         linear = Model(self.problem, self.model.hosts, relaxed=True)
         linear.set(problem, current)
         task = Compiled.of(linear, ()).with_cuts(linear, survival_cuts(linear, known))
         if _run(task, limits.time_s, limits.gap) != "found":
-            return None, list(known)
-        bound, spent = float(task.value), float(task.solver_stats.solve_time)
-        m = Model(self.problem, _support(self.problem, linear, current))
-        m.set(problem, current)
-        compiled = Compiled.of(m, interchangeable(problem, m.hosts, m.current.value, strains))
-        shorter = replace(limits, time_s=limits.time_s * NARROW_SHARE, gap=limits.gap / 4)
-        # What is this close to the bound of all candidates is good enough, however far from that of these few.
-        enough = bound / (1.0 - limits.gap) if bound > 0.0 and limits.gap < 1.0 else -math.inf
-        found, cuts = _search(problem, m, compiled, shorter, strains, known, self.model.hosts, enough)
-        if not isinstance(found, Solution):
-            return None, cuts
-        return replace(found, status="optimal", bound=bound, solve_s=found.solve_s + spent), cuts
+            return None
+        return Relaxed(float(task.value), _support(self.problem, linear, current), float(task.solver_stats.solve_time))
 
     def _known(self, strains: Mapping[str, Strain]) -> list[Cut]:
         """Cuts found earlier that hold now too: those of losses that were asked for no more than they are asked for now."""
@@ -536,6 +514,21 @@ def _with_rates(problem: Problem, rates: Sequence[float]) -> Problem:
     return replace(problem, demands=tuple(replace(d, rate=r) for d, r in zip(problem.demands, rates, strict=True)))
 
 
+@dataclass(frozen=True, slots=True)
+class Relaxed:
+    """What the linear relaxation says."""
+
+    bound: float
+    """No placement among the candidates costs less."""
+    support: Bools
+    """Where it has anything, and a few places more."""
+    spent_s: float
+
+    def enough(self, gap: float) -> float:
+        """What costs no more than this is within the gap of every placement."""
+        return self.bound / (1.0 - gap) if self.bound > 0.0 and gap < 1.0 else -math.inf
+
+
 def _search(
     problem: Problem,
     m: Model,
@@ -543,32 +536,27 @@ def _search(
     limits: Limits,
     strains: Mapping[str, Strain],
     known: Sequence[Cut],
-    hosts: Bools,
-    enough: float = -math.inf,
+    relaxed: Relaxed | None,
 ) -> tuple[Solution | Literal["infeasible", "out of time"], list[Cut]]:
-    """Solve, look at every loss, cut, and solve again; also returns the cuts, the known ones among them.
-
-    The cuts hold wherever replicas are among `hosts`, which may be more than the model considers. What costs no more than
-    `enough` is taken without looking for better.
-    """
-    spent, cuts = 0.0, list(known)
+    """Solve, look at every loss, cut, and solve again; also returns the cuts, the known ones among them."""
+    spent, cuts = relaxed.spent_s if relaxed is not None else 0.0, list(known)
     names = [node.name for node in problem.nodes]
     for number in range(1, limits.rounds + 1):
         if spent >= limits.time_s:
             break
         cut_rows = survival_cuts(m, cuts)
         task = compiled.with_cuts(m, cut_rows)
-        state = _run(task, limits.time_s - spent, limits.gap, enough)
+        state, bound, took_s = _solved(m, task, replace(limits, time_s=limits.time_s - spent), relaxed)
         if state != "found":
             return "infeasible" if state == "infeasible" else "out of time", cuts
-        spent += task.solver_stats.solve_time
+        spent += took_s
         x: Floats = np.round(m.x.value)
-        fresh, left = _losses(problem, x, hosts, strains)
+        fresh, left = _losses(problem, x, m.hosts, strains)
         if not fresh:
-            bound = task.solver_stats.extra_stats.mip_dual_bound
+            cost = float(compiled.cost.value)
+            within = task.status == cp.OPTIMAL or bound >= (1.0 - limits.gap) * cost
             solution = Solution(
-                problem.arrays.placement(x), "optimal" if task.status == cp.OPTIMAL else "incumbent",
-                float(compiled.cost.value), float(bound) if np.isfinite(bound) else None,
+                problem.arrays.placement(x), "optimal" if within else "incumbent", cost, bound if np.isfinite(bound) else None,
                 spent, number, tuple(names[cut.lost] for cut in cuts), left, _binding([*compiled.rows, *cut_rows]),
             )  # fmt: skip
             return solution, cuts
@@ -576,17 +564,24 @@ def _search(
     return "out of time", cuts
 
 
-def _better(
-    narrow: Solution | None, whole: Solution | Literal["infeasible", "out of time"]
-) -> Solution | Literal["infeasible", "out of time"]:
-    """The cheaper of two answers, with the better of their bounds."""
-    if narrow is None:
-        return whole
-    if not isinstance(whole, Solution):
-        return replace(narrow, status="incumbent")
-    bounds = [solution.bound for solution in (narrow, whole) if solution.bound is not None]
-    best = min(narrow, whole, key=lambda solution: solution.cost)
-    return replace(best, status=whole.status, bound=max(bounds, default=None), solve_s=narrow.solve_s + whole.solve_s)
+def _solved(m: Model, task: cp.Problem, limits: Limits, relaxed: Relaxed | None) -> tuple[State, float, float]:
+    """Solve one program, a large one in two steps: first where the relaxation has anything, then everywhere, from there on.
+
+    Returns:
+        How it ended, a bound of the cost, and the solver's time [s].
+    """
+    enough = relaxed.enough(limits.gap) if relaxed is not None else -math.inf
+    bound, spent = relaxed.bound if relaxed is not None else -math.inf, 0.0
+    if relaxed is not None:
+        m.open.value = relaxed.support.astype(float)
+        state = _run(task, NARROW_SHARE * limits.time_s, limits.gap / 2.0, enough)
+        spent = float(task.solver_stats.solve_time)
+        m.open.value = m.hosts.astype(float)
+        if state == "found" and float(task.value) <= enough:
+            return state, bound, spent
+    state = _run(task, max(0.0, limits.time_s - spent), limits.gap, enough)
+    spent += float(task.solver_stats.solve_time)
+    return state, max(bound, float(task.solver_stats.extra_stats.mip_dual_bound)), spent
 
 
 def _losses(problem: Problem, x: Floats, hosts: Bools, strains: Mapping[str, Strain]) -> tuple[list[Cut], dict[str, float]]:
@@ -604,7 +599,8 @@ def _losses(problem: Problem, x: Floats, hosts: Bools, strains: Mapping[str, Str
     return cuts, left
 
 
-def _run(task: cp.Problem, time_s: float, gap: float, enough: float = -math.inf) -> Literal["found", "infeasible", "nothing"]:
+def _run(task: cp.Problem, time_s: float, gap: float, enough: float = -math.inf) -> State:
+    """Solve a task, from its last answer where there is one that still holds; what costs no more than `enough` is taken."""
     options = {
         "output_flag": False, "threads": 1, "random_seed": 0,
         "time_limit": time_s, "mip_rel_gap": gap, "objective_target": enough,

@@ -53,7 +53,8 @@ class DeadlineQueue(Generic[T]):
     """A bounded queue, earliest deadline first; ties in order of arrival. Or all in order of arrival, to see what that costs.
 
     Invariant: `len` counts the tasks neither taken nor cancelled, and `backlog_s` is the sum of their `mean_s`. A cancelled
-    task leaves at once by the count and later by the heap, which never holds more than twice the capacity.
+    task leaves at once by the count and later by the heap, which never holds more than twice the capacity; its first is never
+    one that is out already, so that a task taken off the front leaves nothing of what it brought behind.
     """
 
     def __init__(self, capacity: int, *, urgent_first: bool = True) -> None:
@@ -97,15 +98,16 @@ class DeadlineQueue(Generic[T]):
             self._length -= 1
             # The sum of many floats drifts; an empty queue is the moment to know it exactly.
             self.backlog_s = self.backlog_s - waiting.mean_s if self._length else 0.0
+            while self._heap and self._heap[0][2].gone:
+                heapq.heappop(self._heap)
 
     def take(self) -> Waiting[T] | None:
         """The first task, taken out; None where none is queued."""
-        while self._heap:
-            waiting = heapq.heappop(self._heap)[2]
-            if not waiting.gone:
-                self.remove(waiting)
-                return waiting
-        return None
+        if not self._heap:
+            return None
+        waiting = self._heap[0][2]
+        self.remove(waiting)
+        return waiting
 
     def most_urgent(self, count: int) -> list[Waiting[T]]:
         """The first `count` tasks in the queue's order, left where they are."""

@@ -117,6 +117,11 @@ class InternalFailure(TaskError):
     status = 500
     reason = "internal"
 
+    @classmethod
+    def of(cls, error: Exception) -> InternalFailure:
+        """What is told of an error that nobody foresaw; log it."""
+        return cls(f"internal error ({type(error).__name__}); the server's log has the details")
+
 
 class UpstreamFailed(TaskError):
     """The candidates of the next stage could not be reached or broke off."""

@@ -7,6 +7,7 @@ else it is a stage like any other; `fuse` makes its `StageSpec`, which the orche
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -38,8 +39,12 @@ class CannotFuse(ValueError):
 
 
 def name_of(members: Sequence[str]) -> str:
-    """Name of the stage that these become: theirs in a row."""
-    return "-".join(members)[:_LONGEST_NAME].rstrip("-")
+    """Name of the stage that these become: theirs in a row, and where that is too long its beginning and a fingerprint."""
+    whole = "-".join(members)
+    if len(whole) <= _LONGEST_NAME:
+        return whole
+    fingerprint = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return f"{whole[: _LONGEST_NAME - len(fingerprint) - 1].rstrip('-')}-{fingerprint}"
 
 
 def with_fused(manifest: Manifest, members: Sequence[str]) -> Manifest:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import orjson
 
@@ -37,12 +37,14 @@ _NO_HEADER = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a stream must come after its first token, which has the deadline. Times in seconds."""
+    """How fast a stream must come. Times in seconds. The deadline is its first token's, or the `whole` answer's."""
 
     token_s: float | None
     """Longest time between two tokens that is on time; None where nobody minds."""
     stall_s: float
     """Longest wait for more, after which the stream ends with an error."""
+    whole: bool = False
+    """Of an answer that is wanted whole, and streamed only so that whoever waits for it can end it."""
 
     @classmethod
     def of(cls, token_deadline_s: float | None, deadline_s: float) -> Pace:
@@ -53,9 +55,10 @@ class Pace:
         """
         return cls(token_deadline_s, deadline_s if token_deadline_s is None else STALL * token_deadline_s)
 
-    def to_parameter(self) -> dict[str, int | None]:
+    def to_parameter(self) -> dict[str, int | bool | None]:
         """As the next hop reads it [µs]."""
-        return {"token": None if self.token_s is None else round(self.token_s * 1e6), "stall": round(self.stall_s * 1e6)}
+        token = None if self.token_s is None else round(self.token_s * 1e6)
+        return {"token": token, "stall": round(self.stall_s * 1e6), "whole": self.whole}
 
     @classmethod
     def from_parameter(cls, value: Any) -> Pace | None:
@@ -66,10 +69,15 @@ class Pace:
         """
         if value is None:
             return None
-        token, stall = (value.get("token"), value.get("stall")) if isinstance(value, dict) else (None, None)
-        if type(stall) is not int or stall <= 0 or not (token is None or (type(token) is int and token > 0)):
+        fields = value if isinstance(value, dict) else {}
+        token, stall, whole = fields.get("token"), fields.get("stall"), fields.get("whole", False)
+        if not (_is_time(stall) and (token is None or _is_time(token)) and isinstance(whole, bool)):
             raise BadRequest(f"parameters.{PARAMETER} is malformed; only a gateway makes one, leave it out")
-        return cls(None if token is None else token / 1e6, stall / 1e6)
+        return cls(None if token is None else token / 1e6, stall / 1e6, whole)
+
+
+def _is_time(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +155,3 @@ class Reader:
             raw = bytes(self._buffer[:size])
             del self._buffer[:size]
             yield Frame(_KINDS[kind], raw[_HEAD.size :], None if header_length == _NO_HEADER else header_length, raw)
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing of an incomplete frame is left."""
-        return not self._buffer

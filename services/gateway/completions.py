@@ -1,13 +1,12 @@
 """The OpenAI API's text: `POST /v1/completions` and `POST /v1/chat/completions`, whole or streamed as server-sent events.
 
 A stream is sent as its tokens are made. What goes wrong before the first token is an ordinary error; after it the status is
-out, and the error is an event. Stop strings are cut here: a stream that meets one ends there, and with it the work for it.
+out, and the error is an event. Stop strings are cut here: an answer that meets one ends there, and with it the work for it.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -21,9 +20,9 @@ from services.dataplane.deadline import Deadline
 from services.dataplane.errors import BadRequest, shown
 from services.dataplane.wire import Tensor
 from services.gateway.choices import Choice, Choices
-from services.gateway.openai import DONE, EVENTS, NO_EFFECT, event, parse, prompt_tokens, refuse, texts, with_errors
+from services.gateway.openai import DONE, EVENTS, NO_EFFECT, document, event, parse, prompt_tokens, refuse, texts, with_errors
 from services.gateway.recognition import IMAGE, MESSAGES, chats, prompt_input
-from services.gateway.sampling import Sampling, stop_strings
+from services.gateway.sampling import MAX_TOKENS, Sampling, stop_strings
 from services.gateway.service import REQUEST_ID, Answered, GatewayService, Trace, server_timing
 from services.gateway.table import Plan
 from services.hotpath import JSON, Answer, Request, Stream
@@ -88,7 +87,7 @@ class ChatRequest(_TextRequest):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = MAX_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ class Completions:
     async def completions(self, asked: Request, trace: Trace) -> Answer | Stream:
         """`POST /v1/completions`, by way of `GatewayService.serve`."""
         with self._service.reading():
-            request = parse(CompletionRequest, _supported(asked.body, _REFUSED_COMPLETION))
+            request = parse(CompletionRequest, _supported(document(asked.body), _REFUSED_COMPLETION))
             plan = self._service.plan(request.model)
             name = prompt_input(plan)
             if name is None:
@@ -132,7 +131,7 @@ class Completions:
     async def chat(self, asked: Request, trace: Trace) -> Answer | Stream:
         """`POST /v1/chat/completions`, by way of `GatewayService.serve`."""
         with self._service.reading():
-            request = parse(ChatRequest, _supported(asked.body, _REFUSED_CHAT))
+            request = parse(ChatRequest, _supported(document(asked.body), _REFUSED_CHAT))
             if request.max_completion_tokens is not None:
                 if request.max_tokens not in (None, request.max_completion_tokens):
                     raise BadRequest("max_tokens and max_completion_tokens say different things; send one of them")
@@ -181,7 +180,8 @@ class Completions:
             states = self._service.stream(asked.plan, asked.tensors, asked.until, trace, choices.take)
             first = await anext(states)
             return Stream(200, [*EVENTS, server_timing(first)], with_errors(_events(asked, choices, first, states)))
-        answered = await self._service.run(asked.plan, asked.tensors, asked.until, trace)
+        enough = choices.take if asked.stops else None
+        answered = await self._service.run(asked.plan, asked.tensors, asked.until, trace, enough)
         choices.take(answered.tensors)
         choices.end(answered.tensors)
         body = {
@@ -252,16 +252,10 @@ def _usage(choices: Choices, answered: Answered) -> dict[str, int]:
     return {"prompt_tokens": used, "completion_tokens": choices.tokens, "total_tokens": used + choices.tokens}
 
 
-def _supported(body: bytes, refused: Mapping[str, tuple[Any, ...]]) -> bytes:
-    """The body without the fields that ask for nothing we do not have; BadRequest where one does."""
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the request is not valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise BadRequest("the request must be a JSON object")
-    refuse(document, refused)
-    return orjson.dumps({name: value for name, value in document.items() if name not in refused and name not in NO_EFFECT})
+def _supported(fields: dict[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """A request without the fields that ask for nothing we do not have; BadRequest where one does."""
+    refuse(fields, refused)
+    return {name: value for name, value in fields.items() if name not in refused and name not in NO_EFFECT}
 
 
 # --- chat messages --------------------------------------------------------------------------------------------------------
@@ -314,5 +308,5 @@ def _image(url: Any, where: str) -> bytes:
         )
     try:
         return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise BadRequest(f"{where}.image_url: the data is not base64") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
@@ -10,6 +11,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from services.dataplane.errors import BadRequest, TooLarge
 
 MAX_FIELDS = 32
+
+# What is wrong with a form is told to whoever sent it; in the log anybody could write as much of it as they like.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 class _Parts:

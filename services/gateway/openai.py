@@ -7,6 +7,7 @@ OpenAI API (2.3.0). What a request asks for and cannot have is refused with 400,
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, TypeVar
@@ -16,12 +17,14 @@ import orjson
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.dataplane.errors import BadRequest, NotFound, TaskError, shown
+from services.dataplane.errors import BadRequest, InternalFailure, NotFound, TaskError, shown
 from services.dataplane.wire import Array, Tensor
 from services.gateway.recognition import EMBEDDING, TOKEN_COUNT, embedded_input, routes
 from services.gateway.service import GatewayService, Trace, server_timing
 from services.gateway.table import Plan
 from services.hotpath import JSON, Answer, Request
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -71,7 +74,7 @@ class OpenAI:
     async def embeddings(self, asked: Request, trace: Trace) -> Answer:
         """`POST /v1/embeddings`, by way of `GatewayService.serve`."""
         with self._service.reading():
-            request = parse(EmbeddingsRequest, asked.body)
+            request = parse(EmbeddingsRequest, document(asked.body))
             plan = self._service.plan(request.model)
             name = embedded_input(plan)
             if name is None:
@@ -100,18 +103,40 @@ class OpenAI:
 # --- shared by the routes -------------------------------------------------------------------------------------------------
 
 
-def parse(kind: type[M], body: bytes) -> M:
-    """A request's JSON body.
+def document(body: bytes) -> dict[str, Any]:
+    """A request's JSON body; raises BadRequest where it is none."""
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the request is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise BadRequest("the request must be a JSON object")
+    return found
+
+
+def parse(kind: type[M], fields: Mapping[str, Any]) -> M:
+    """A request, out of its fields.
 
     Raises:
         BadRequest: a field is missing, wrong or unknown; the message names it.
     """
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
-        raise BadRequest(f"{where}: {first['msg']}") from None
+        # Of a field that takes this or that there is one for each: the one that got furthest in says most.
+        worst = max(error.errors(), key=lambda each: len(each["loc"]))
+        raise BadRequest(f"{_place(fields, worst['loc'])}: {worst['msg']}") from None
+
+
+def _place(fields: Mapping[str, Any], loc: Sequence[int | str]) -> str:
+    """What of a request an error is about. Where a field takes this or that, `loc` also names the type that was tried."""
+    there: Any = fields
+    names = []
+    for part in loc:
+        if isinstance(there, dict) or (isinstance(there, list) and isinstance(part, int)):
+            names.append(str(part))
+            there = there.get(part) if isinstance(there, dict) else there[int(part)]
+    return ".".join(names)
 
 
 def refuse(document: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
@@ -151,6 +176,9 @@ async def with_errors(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
                 yield each
         except TaskError as error:
             yield event(error_shape(error))
+        except Exception as error:  # as in `hotpath.Endpoint`
+            log.error("a stream failed", exc_info=error)
+            yield event(error_shape(InternalFailure.of(error)))
 
 
 def _model(plan: Plan) -> dict[str, Any]:

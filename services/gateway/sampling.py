@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,8 @@ from services.gateway.table import Plan
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
+MAX_TOKENS: Any = Field(default=None, ge=1, lt=2**63)
+"""How a request says it. What a pipeline's decoder has room for is for its stage to say; this is what its tensor can hold."""
 
 
 class Sampling(BaseModel):
@@ -21,7 +24,7 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = MAX_TOKENS
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -34,13 +37,10 @@ class Sampling(BaseModel):
         Raises:
             BadRequest: the pipeline does not take what the request says.
         """
-        chance = secrets.randbits(63) if self.temperature and self.seed is None and "seed" in plan.optional else None
-        said = {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "seed": self.seed if chance is None else chance,
-        }
+        seed = self.seed
+        if seed is None and "seed" in plan.optional and self._samples(plan):
+            seed = secrets.randbits(63)
+        said = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p, "seed": seed}
         made = {}
         for name, value in said.items():
             if value is None:
@@ -50,6 +50,11 @@ class Sampling(BaseModel):
             spec = plan.inputs[name]
             made[f"request.{name}"] = Tensor(name, spec.datatype, np.full(items, value, wire.DTYPES[spec.datatype]))
         return made
+
+    def _samples(self, plan: Plan) -> bool:
+        """Whether tokens are drawn, by the request's temperature or else the pipeline's."""
+        default = plan.inputs["temperature"].default if "temperature" in plan.optional else None
+        return bool(default if self.temperature is None else self.temperature)
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:

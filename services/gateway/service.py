@@ -24,7 +24,6 @@ from services.dataplane.errors import (
     QueueFull,
     TaskError,
     TooLarge,
-    UpstreamFailed,
 )
 from services.dataplane.pipeline import name_of
 from services.dataplane.routing import RetryBudget, RouteBook
@@ -42,6 +41,9 @@ R = TypeVar("R", Answer, Answer | Stream)
 
 Trace = dict[str, str]
 """Headers that every stage gets too, among them the request's id."""
+
+Enough = Callable[[Mapping[str, Tensor]], bool]
+"""Told of the outputs of a task as far as they have come: whether that is all that is wanted."""
 
 REQUEST_ID = "x-request-id"
 TOKENS_MADE = "output_count"
@@ -146,7 +148,9 @@ class GatewayService:
         encoded, header_length = wire.encode_response(response, model=plan.pipeline.name, version=VERSION)
         return Answer(200, [*content(header_length), server_timing(answered)], encoded)
 
-    async def run(self, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Trace) -> Answered:
+    async def run(
+        self, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Trace, enough: Enough | None = None
+    ) -> Answered:
         """Compute a task and count its outcome, whatever it is.
 
         Args:
@@ -154,6 +158,7 @@ class GatewayService:
             tensors: the request's tensors by reference; those with a default may be missing.
             until: its deadline.
             trace: headers to pass on.
+            enough: told of the outputs as far as they have come; True ends the task there, as if it were complete.
         """
         outcome: str | None = "failed"
         tokens: Tensor | None = None
@@ -165,7 +170,10 @@ class GatewayService:
             self._walker.admit(table, plan, until)
             if plan.optional:
                 tensors = _filled(plan, tensors)
-            bag, hops = await self._walker.run(table, plan, tensors, until, trace)
+            if enough is None:
+                bag, hops = await self._walker.run(table, plan, tensors, until, trace)
+            else:
+                bag, hops = await self._until(enough, table, plan, tensors, until, trace)
             now = time.monotonic()
             outcome = "on_time" if now <= until.due else "late"
             outputs = _outputs(plan, bag)
@@ -181,13 +189,27 @@ class GatewayService:
         finally:
             self._count(plan, until, outcome, time.monotonic(), tokens)
 
+    async def _until(
+        self, enough: Enough, table: Table, plan: Plan, tensors: Mapping[str, Tensor], until: Deadline, trace: Trace
+    ) -> tuple[dict[str, Tensor], Hops]:
+        """As `Walker.run`, as far as it needs to go."""
+        states = self._walker.stream(table, plan, tensors, until, Pace(None, until.budget_s, whole=True), trace)
+        try:
+            async with asyncio.timeout(until.remaining_s(time.monotonic())), aclosing(states):
+                async for state in states:
+                    if enough(_outputs(plan, state[0])):
+                        break
+        except TimeoutError:
+            raise Expired("the deadline passed while the answer was being made") from None
+        return state
+
     async def stream(
         self,
         plan: Plan,
         tensors: Mapping[str, Tensor],
         until: Deadline,
         trace: Trace,
-        enough: Callable[[Mapping[str, Tensor]], bool] = lambda outputs: False,
+        enough: Enough = lambda outputs: False,
     ) -> AsyncGenerator[Answered]:
         """Compute a task piece by piece and count its one outcome; arguments and errors are those of `run`.
 
@@ -232,11 +254,9 @@ class GatewayService:
                     if ends:
                         return
                     since = time.monotonic()
-            if not first:
-                raise UpstreamFailed("the stream ended before it began")
             outcome = "late" if late else "on_time"
         except TaskError as error:
-            outcome = self._failed(error, until)
+            outcome = self._failed(error, until, begun=first > 0)
             raise
         except BaseException as error:
             if outcome == "failed" and not isinstance(error, Exception):
@@ -245,9 +265,12 @@ class GatewayService:
         finally:
             self._count(plan, until, outcome, first or time.monotonic(), tokens)
 
-    def _failed(self, error: TaskError, until: Deadline) -> str | None:
-        """The outcome of a task that failed, whose error is told what is known of it."""
-        outcome = _outcome(error)
+    def _failed(self, error: TaskError, until: Deadline, *, begun: bool = False) -> str | None:
+        """The outcome of a task that failed, whose error is told what is known of it.
+
+        What has begun to be answered was a task, whatever a stage finds wrong with it then.
+        """
+        outcome = _outcome(error) or ("failed" if begun else None)
         if outcome is None:
             self._metrics.bad_request(error.reason)
         error.budget_s = until.budget_s
@@ -322,7 +345,9 @@ def _filled(plan: Plan, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     left_out = [plan.inputs[name] for name in plan.optional if f"request.{name}" not in tensors]
     if not left_out:
         return tensors
-    given = ((tensor.array.shape, plan.inputs[name_of(ref)].batch_axis) for ref, tensor in tensors.items())
+    # Those that must be there first: they say how many items there are, and one of another length is then told to be wrong.
+    first = sorted(tensors.items(), key=lambda item: name_of(item[0]) in plan.optional)
+    given = ((tensor.array.shape, plan.inputs[name_of(ref)].batch_axis) for ref, tensor in first)
     items = next((shape[axis] for shape, axis in given if axis is not None), 1)
     filled = dict(tensors)
     for spec in left_out:

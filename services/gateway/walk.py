@@ -116,26 +116,44 @@ class Walker:
     ) -> AsyncGenerator[tuple[dict[str, Tensor], Hops]]:
         """Compute a task whose last segment answers in frames; arguments, results and errors are those of `run`.
 
-        Yields what there is whenever there is more of it; the deadline is the first time's. The hops are complete with the end.
+        Yields what there is whenever there is more of it; the deadline is what the pace says. The hops are complete with the
+        end. An answer that is wanted whole is begun once more where a replica dies in the middle; what is yielded then starts
+        at its beginning again.
         """
         bag = dict(tensors)
         last = len(plan.segments) - 1
-        hops = await self._branches(table, plan, last, bag, until, trace) if last else []
-        call, answer = await self._asked(table, plan, last, bag, until, trace, 0.0, self._forwarder.open, pace)
-        try:
-            further = self._read_hops(call, answer.headers)
-        except TaskError:
-            answer.close()
-            raise
-        hops += further
-        async with aclosing(self._forwarder.frames(call, answer, pace.stall_s)) as frames:
-            async for frame in frames:
-                if frame.kind == "end":
-                    self._learn_end(call, frame, further)
-                    return
-                length = None if frame.header_length is None else str(frame.header_length)
-                self._take_in(plan, last, bag, call, frame.payload, length)
-                yield bag, hops
+        before = await self._branches(table, plan, last, bag, until, trace) if last else []
+        again, begun = pace.whole, False
+        while True:
+            call, answer = await self._asked(table, plan, last, bag, until, trace, 0.0, self._forwarder.open, pace)
+            try:
+                hops = self._read_hops(call, answer.headers)
+            except TaskError:
+                answer.close()
+                raise
+            # Now, and not at the end: a stream may last long, or be ended by whoever has read enough of it.
+            asyncio.get_running_loop().call_soon(self._learn, hops)
+            try:
+                async with aclosing(self._forwarder.frames(call, answer, pace.stall_s)) as frames:
+                    async for frame in frames:
+                        if frame.kind == "end":
+                            self._learn_end(call, frame, hops)
+                            continue
+                        length = None if frame.header_length is None else str(frame.header_length)
+                        self._take_in(plan, last, bag, call, frame.payload, length)
+                        begun = True
+                        yield bag, before + hops
+                if not begun:
+                    raise _nonsense(call, ValueError("it ended a stream before it began"))
+                return
+            except UpstreamFailed as error:
+                self._learn(error.hops)
+                if not (again and until.remaining_s(time.monotonic()) > call.least_s and self._forwarder.allow_retry()):
+                    raise
+                again = False
+            except TaskError as error:
+                self._learn(error.hops)
+                raise
 
     async def _branches(
         self,
@@ -360,7 +378,7 @@ class Walker:
         for hop in hops:
             if hop["replica"] == report["replica"]:
                 hop.update(report)
-        self._learn(hops)
+        self._learn([report])
 
     def _learn(self, hops: Hops) -> None:
         now = time.monotonic()

@@ -29,7 +29,7 @@ def main() -> int:
     # The server's modules come after the files: what reading a vocabulary leaves free in the heap they fill again, a megabyte.
     from services import server  # noqa: PLC0415
     from services.stage.app import Replica, build  # noqa: PLC0415
-    from services.stage.service import Identity  # noqa: PLC0415
+    from services.stage.onward import Identity  # noqa: PLC0415
 
     service = arguments.service or spec.name
     identity = Identity(service, arguments.replica or service, arguments.node)

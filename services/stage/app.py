@@ -24,11 +24,12 @@ from services.hotpath import Endpoint, Front
 from services.stage import generation, probe
 from services.stage.generation import GenerationWorker
 from services.stage.metrics import StageMetrics
+from services.stage.onward import VERSION, Identity
 from services.stage.parts import PartWorker, Rest
 from services.stage.processors import Exemplary, Processor
 from services.stage.processors.generate import Generate
 from services.stage.processors.generate_part import Part
-from services.stage.service import VERSION, Identity, StageService
+from services.stage.service import StageService
 from services.stage.warm import warm_up
 from services.stage.worker import ALONE_S, Worker
 from services.transport import Transport

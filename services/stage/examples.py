@@ -29,7 +29,7 @@ _COUNT = "output_count"
 
 def task(spec: StageSpec, axes: Mapping[str, int]) -> dict[str, Array]:
     """Inputs of one task whose symbolic axes have these lengths, without those that have a default."""
-    made = {tensor.name: _filled(tensor, axes) for tensor in spec.inputs if tensor.default is None}
+    made = {tensor.name: filled(tensor, axes) for tensor in spec.inputs if tensor.default is None}
     if _COUNT in made:
         made[_COUNT] *= axes.get("new", 1)
     return made
@@ -48,7 +48,8 @@ def varied(spec: StageSpec, typical_length: Mapping[str, int], rng: np.random.Ge
     return made
 
 
-def _filled(tensor: TensorSpec, axes: Mapping[str, int]) -> Array:
+def filled(tensor: TensorSpec, axes: Mapping[str, int]) -> Array:
+    """A made-up tensor whose symbolic axes have these lengths, or 1."""
     shape = tuple(axes.get(axis, 1) if isinstance(axis, str) else axis for axis in tensor.shape)
     if tensor.datatype == "BYTES":
         return np.full(shape, b"made up", dtype=object)

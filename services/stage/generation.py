@@ -22,6 +22,7 @@ from services.dataplane.deadline import Deadline
 from services.dataplane.errors import BadRequest, Expired, NoReplica, QueueFull, TaskError, TooLarge
 from services.dataplane.generation import GenerationEstimate, Member, next_to_join
 from services.dataplane.itinerary import Further
+from services.dataplane.streams import Pace
 from services.dataplane.wire import Array
 from services.stage.metrics import StageMetrics
 from services.stage.parts import Rest
@@ -41,9 +42,8 @@ class _Task:
     until: Deadline
     due: float
     """Instant [s, monotonic] at which the whole answer, or a stream's first token, must be there."""
-    streamed: bool
-    token_s: float | None
-    """Of a stream: longest time between two tokens [s]; None where nobody minds."""
+    pace: Pace | None
+    """Of a stream, which hears of every token; None of an answer that hears of its end."""
     further: tuple[Further, ...] = ()
     """Where the further parts of a cut decoder may be found."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -59,22 +59,34 @@ class _Task:
     """Sequences in the batch it joined."""
 
     @property
+    def whole(self) -> bool:
+        """Whether the deadline is the whole answer's."""
+        return self.pace is None or self.pace.whole
+
+    @property
     def tokens(self) -> int:
         """See `services.dataplane.generation.Asks`."""
-        return 1 if self.streamed else max(row.max_tokens for row in self.rows)
+        return max(row.max_tokens for row in self.rows) if self.whole else 1
 
     @property
     def finished(self) -> bool:
         """Whether its last token has been made."""
         return all(row.finish for row in self.rows)
 
+    @property
+    def going_on(self) -> int:
+        """Sequences that are not finished."""
+        return sum(not row.finish for row in self.rows)
+
+    def left(self, estimate: GenerationEstimate) -> float:
+        """Steps to expect until it leaves the batch, at least 1."""
+        return max(1.0, *(estimate.tokens(row.max_tokens) - len(row.tokens) for row in self.rows))
+
     def member(self, estimate: GenerationEstimate) -> Member:
         """The task as the rule for joining sees it."""
-        rows = sum(not row.finish for row in self.rows)
-        if self.streamed:
-            return Member(self.last + self.token_s if self.token_s is not None else math.inf, rows, 1.0)
-        left = max(estimate.tokens(row.max_tokens) - len(row.tokens) for row in self.rows)
-        return Member(self.due, rows, max(1.0, left))
+        if self.pace is None or self.pace.whole:
+            return Member(self.due, self.going_on, self.left(estimate))
+        return Member(math.inf if self.pace.token_s is None else self.last + self.pace.token_s, self.going_on, 1.0)
 
 
 class GenerationWorker:
@@ -128,9 +140,10 @@ class GenerationWorker:
     def expected_wait_s(self, now: float) -> float:
         """Time [s] a task arriving now would wait until it joins."""
         step_s = self._estimate.step.mean_s(self._max_batch)
-        ends = []
-        for member in (task.member(self._estimate) for task in self._members):
-            ends += [now + member.steps * step_s] * member.rows
+        ends: list[float] = []
+        for task in self._members:
+            # Of a stream too all that is left: its place is not free before.
+            ends += [now + task.left(self._estimate) * step_s] * task.going_on
         return batching.expected_wait_s(self.queue, ends, self._max_batch, now)
 
     async def compute(
@@ -142,7 +155,7 @@ class GenerationWorker:
         further: tuple[Further, ...] = (),
     ) -> Result:
         """The whole answer of one task; arguments and errors are those of `Worker.compute`, and of `stream`."""
-        task, waiting = self._push(inputs, axes, until, reserve_s, further, streamed=False, token_s=None)
+        task, waiting = self._push(inputs, axes, until, reserve_s, further, None)
         try:
             await task.changed.wait()
             return self._result(task)
@@ -155,7 +168,7 @@ class GenerationWorker:
         axes: Mapping[str, int],
         until: Deadline,
         reserve_s: float,
-        token_s: float | None,
+        pace: Pace,
         further: tuple[Further, ...] = (),
     ) -> AsyncGenerator[Result]:
         """The answer of one task as far as it has come, again whenever there is more; the last one is whole.
@@ -163,15 +176,15 @@ class GenerationWorker:
         Args:
             inputs: checked inputs by name.
             axes: length of every symbolic axis.
-            until: the deadline of the first token.
+            until: the deadline, of what the pace says.
             reserve_s: time the rest of the way needs.
-            token_s: longest time between two tokens that is on time [s], if anybody minds.
+            pace: how fast tokens must come.
             further: where the further parts of a cut decoder may be found, in order.
 
         Raises:
             TaskError: as `compute`; also after the first token.
         """
-        task, waiting = self._push(inputs, axes, until, reserve_s, further, streamed=True, token_s=token_s)
+        task, waiting = self._push(inputs, axes, until, reserve_s, further, pace)
         try:
             while True:
                 await task.changed.wait()
@@ -192,9 +205,7 @@ class GenerationWorker:
         until: Deadline,
         reserve_s: float,
         further: tuple[Further, ...],
-        *,
-        streamed: bool,
-        token_s: float | None,
+        pace: Pace | None,
     ) -> tuple[_Task, Waiting[_Task]]:
         items = axes.get(BATCH_AXIS, 1)
         if items > self._max_batch:
@@ -204,7 +215,7 @@ class GenerationWorker:
                 f"stage {self._processor.spec.name!r} is a part of a decoder cut into {self._processor.parts}; "
                 "its other parts are found by a pipeline only"
             )
-        task = _Task(self._processor.rows(inputs), until, until.due - reserve_s, streamed, token_s, further)
+        task = _Task(self._processor.rows(inputs), until, until.due - reserve_s, pace, further)
         length = max(len(row.prompt) for row in task.rows)
         with self._wake:
             if self._stopped:
@@ -259,9 +270,9 @@ class GenerationWorker:
                 if self._stopped:
                     break
             try:
-                batch = self._joined(self._cleared(batch))
+                batch = self._cleared(self._joined(batch))
                 if batch is not None:
-                    batch = self._stepped(batch)
+                    batch = self._cleared(self._stepped(batch))
             except Exception as error:  # told to every task of the batch, whatever it was; the loop goes on with the next ones
                 self._failed(self._members, error)
                 batch, self._members = None, ()
@@ -271,12 +282,12 @@ class GenerationWorker:
 
     def _cleared(self, batch: Batch | None) -> Batch | None:
         """The batch without those who have left, are done, or whose deadline for a whole answer has passed."""
-        if batch is None:
-            return None
         now = time.monotonic()
-        expired = [task for task in self._members if not task.streamed and not task.finished and now > task.until.due]
+        expired = [task for task in self._members if task.whole and now > task.until.due]
         self._failed(expired, Expired("the deadline passed while the answer was being made", reason="expired"))
         self._members = tuple(t for t in self._members if not (t.gone or t.finished or t.error is not None))
+        if batch is None:
+            return None
         stay = {id(row) for task in self._members for row in task.rows if not row.finish}
         return self._processor.without(batch, [row for row in batch.rows if id(row) not in stay])
 
@@ -284,7 +295,7 @@ class GenerationWorker:
         """The batch with everybody who may join now. Each reads its prompt by itself: batching that gains nothing on a CPU."""
         while not self._stopped:
             now = time.monotonic()
-            members = [task.member(self._estimate) for task in self._members]
+            members = [task.member(self._estimate) for task in self._members if task.going_on]
             with self._wake:
                 if members and not self._stays(self.queue.most_urgent(1)):
                     return batch
@@ -342,7 +353,9 @@ class GenerationWorker:
         done = [task for task in tasks if task.finished]
         for row in (row for task in done for row in task.rows):
             self._estimate.answered(len(row.tokens), row.max_tokens)
-        self._tell([task for task in tasks if task.streamed or task.finished], lambda: self._count(observe, seconds, tokens))
+        self._tell(
+            [task for task in tasks if task.pace is not None or task.finished], lambda: self._count(observe, seconds, tokens)
+        )
 
     def _count(self, observe: Callable[[float], None], seconds: float, tokens: int) -> None:
         observe(seconds)
@@ -350,10 +363,12 @@ class GenerationWorker:
         self._metrics.batch_size.observe(tokens)
 
     def _failed(self, tasks: Sequence[_Task], error: Exception) -> None:
-        for task in tasks:
+        """Tell those of the tasks that are not done."""
+        failed = [task for task in tasks if not task.finished]
+        for task in failed:
             task.error = error
-        if tasks:
-            self._tell(list(tasks), lambda: None)
+        if failed:
+            self._tell(failed, lambda: None)
 
     def _doomed(self, waiting: Waiting[_Task], now: float) -> TaskError:
         reason = "expired_in_queue" if now >= waiting.task.until.due else "would_expire"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Mapping
 
-import numpy as np
-
-from models.manifest import BATCH_AXIS, ServiceLaw, StageSpec, TensorSpec
-from services.dataplane.wire import DTYPES, Array
+from models.manifest import BATCH_AXIS, ServiceLaw, StageSpec
+from services.stage import examples
 from services.stage.processors import Exemplary, Processor
 
 SHORT, LONG = 8, 64
@@ -30,7 +27,7 @@ def warm_up(spec: StageSpec, processor: Processor, typical_length: Mapping[str, 
     points = []
     for length in (SHORT, LONG) if other or processor.inline else (FEW, MORE):
         axes = {axis: min(length, typical_length.get(axis, length)) for axis in other} or {BATCH_AXIS: length}
-        inputs = {tensor.name: _made_up(tensor, axes) for tensor in spec.inputs}
+        inputs = {tensor.name: examples.filled(tensor, axes) for tensor in spec.inputs}
         if isinstance(processor, Exemplary):
             inputs |= processor.example(axes.get(BATCH_AXIS, 1))
         units = spec.units(inputs[spec.inputs[0].name].shape)
@@ -43,13 +40,3 @@ def warm_up(spec: StageSpec, processor: Processor, typical_length: Mapping[str, 
         usual = statistics.median(seconds)
         points.append((float(units), usual, usual))
     return ServiceLaw.fit(points)
-
-
-def _made_up(tensor: TensorSpec, axes: Mapping[str, int]) -> Array:
-    shape = tuple(axes.get(axis, 1) if isinstance(axis, str) else axis for axis in tensor.shape)
-    if tensor.datatype == "BYTES":
-        array = np.empty(math.prod(shape), dtype=object)
-        array[:] = b"made up"
-        return array.reshape(shape)
-    # Ones, not zeros: a mask of zeros would let a stage skip its work.
-    return np.ones(shape, DTYPES[tensor.datatype])

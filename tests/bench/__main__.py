@@ -7,7 +7,8 @@ likewise; `throughput_ratio` (split over one process); `gateway_rps_per_core` [r
 `let_out_RUNTIME_s` and `cold_start_RUNTIME_s`, from order to gateway [s];
 `container_hop_ratio` (hop overhead in containers over that of processes; absent where there are no images); `policies` by name
 {on_time_ratio, late_ratio, cost, replicas, starts}, live, under one schedule; `parity` {on_time_ratio, replicas, cost, stages},
-each {live, simulated}; `simulator` (task-stage events per second); `tick_s` (of the controller); `machine`.
+each {live, simulated}; `simulator` (task-stage events per second); `tick_s` (of the controller); `placement_solve`
+(seconds and gap of the integer program); `machine`.
 What else stands there says how they came about.
 """
 
@@ -36,6 +37,7 @@ from tests.bench import (
     parity,
     policies,
     simulator,
+    solve,
     start,
     throughput,
     tick,
@@ -70,6 +72,7 @@ def main() -> int:
         ("simulated against live", parity.measure),
         ("simulator", simulator.measure),
         ("controller", tick.measure),
+        ("placement", solve.measure),
     )
     for name, bench in benches:
         console.print(f"{name} …")

@@ -15,8 +15,8 @@ from models import manifest
 from models.manifest import Precision
 from services import server  # noqa: F401  what every server has loaded
 from services.stage.app import Replica
+from services.stage.onward import Identity
 from services.stage.processors.fused import open_stages
-from services.stage.service import Identity
 
 
 async def main(parts: list[str]) -> None:

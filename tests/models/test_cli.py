@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from models.__main__ import main
-from models.manifest import load, save
+from models.__main__ import _steadiness, main
+from models.manifest import ServiceLaw, ServicePoint, StageProfile, load, save
+from tests.models.conftest import keep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -71,12 +72,28 @@ def test_verify_passes_and_fails_by_exit_status(
 
 
 def test_profile_prints_what_it_wrote(exported_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(exported_copy, "tokenise", "encode")
     assert main(["profile", str(exported_copy), "--quick", "--repeats", "1", "-o", "json"]) == 0
     shown = capsys.readouterr()
     encode = json.loads(shown.out)["stages"]["encode"]
     assert encode == load(exported_copy).model_dump(mode="json")["stages"][1]["profile"]
     assert [point["batch"] for point in encode["float32"]["points"]] == [1, 1, 4, 4]
     assert "t(u) =" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("samples", "std_s", "said"),
+    [
+        (1, 0.0, "cv² unknown, too few undisturbed runs"),
+        (6, 0.004, "cv² 0.0016, near deterministic"),
+        (6, 0.02, "cv² 0.0400, not deterministic"),
+    ],
+)
+def test_of_single_runs_nothing_is_said_about_how_they_vary(samples: int, std_s: float, said: str) -> None:
+    point = ServicePoint(batch=1, length=8, samples=samples, mean_s=0.1, std_s=std_s, p50_s=0.1, p95_s=0.1, p99_s=0.1)
+    law = ServiceLaw(base_s=0.0, per_unit_s=0.0125, tail_ratio=1.0)
+    found = StageProfile(points=(point, point), law=law, resident_bytes=1, load_s=0.1, threads=1, cpu="a CPU")
+    assert _steadiness(found).startswith(said)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from models.errors import CheckpointError, ExportFailed, NotEnoughSpace, Unsuppo
 from models.export import Exported, Wanted, Writer, export, exported_precisions, needed_bytes, unchanged
 from models.manifest import MANIFEST_NAME, ManifestError, StageSpec, TensorSpec, check_files, load, save
 from tests.models import tiny
-from tests.models.conftest import EVERY
+from tests.models.conftest import EVERY, Made
 
 _X = TensorSpec(name="x", datatype="FP32", shape=("batch", 3))
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -172,11 +172,8 @@ def test_int8_alone_keeps_no_float32_and_asking_for_more_takes_nothing_away(tiny
     assert exported_precisions(second.manifest) == {"int8", "float32"}
 
 
-def test_every_graph_made_is_counted(tiny_bert: Path, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    wanted = Wanted(precisions=("float16", "int8"), parts=2)
-    export(str(tiny_bert), tmp_path, wanted, made=lambda done, total: told.append((done, total)))
-    assert told == [(i, 4) for i in range(5)]
+def test_every_graph_made_is_counted(tiny_cut: Made) -> None:
+    assert tiny_cut.told == [(i, 4) for i in range(5)]  # two parts in two precisions
 
 
 def test_a_precision_without_a_tolerance_is_refused(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

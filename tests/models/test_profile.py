@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from models.errors import ProfileFailed
 from models.export import export
-from models.manifest import ServiceLaw, StageSpec, TensorSpec, describe, load, save
-from models.profile import Grid, Run, _generation, profile, undisturbed
-from tests.models.conftest import EVERY
+from models.manifest import Manifest, ServiceLaw, StageSpec, TensorSpec, describe, load, save
+from models.profile import Grid, Run, _generation, _summary, profile, undisturbed
+from tests.models.conftest import EVERY, keep
 
 _sizes = st.lists(st.integers(1, 4096), min_size=2, max_size=15, unique=True)
 _times = st.floats(1e-5, 10)
@@ -71,6 +71,11 @@ def test_runs_that_others_disturbed_are_left_out(shares: list[float], kept: list
     assert [run.wall_s for run in undisturbed(runs)] == kept
 
 
+def test_the_spread_of_a_few_runs_is_not_made_smaller_by_their_being_few() -> None:
+    assert _summary((1, 8), [1.0, 3.0]).std_s == pytest.approx(2**0.5)
+    assert _summary((1, 8), [1.0]).std_s == 0
+
+
 def test_an_answer_is_a_prompt_read_and_tokens_one_by_one() -> None:
     sequences = TensorSpec(name="input_ids", datatype="INT64", shape=("batch", "seq"))
     stage = StageSpec(name="generate", tier="core", processor="generate", inputs=(sequences,), outputs=(sequences,))
@@ -124,6 +129,7 @@ def test_a_file_that_does_not_open_fails_with_the_runtimes_message(exported_copy
 
 
 def test_a_manifest_that_changed_meanwhile_is_left_alone(exported_copy: Path) -> None:
+    keep(exported_copy, "pool")
     changed = load(exported_copy).model_copy(update={"weights": "trained"})
     with pytest.raises(ProfileFailed, match="profile it again"):
         profile(exported_copy, SMALL, lambda _: save(changed, exported_copy))
@@ -133,12 +139,22 @@ def test_a_manifest_that_changed_meanwhile_is_left_alone(exported_copy: Path) ->
 def test_a_stage_that_lacks_a_package_is_left_out_and_the_rest_measured(
     exported_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    keep(exported_copy, "tokenise", "pool")
     # A package of this name, found first, stands for one that is not installed.
     (tmp_path / "tokenizers.py").write_text("raise ModuleNotFoundError('No module named tokenizers')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     said: list[str] = []
-    manifest = profile(exported_copy, SMALL, said.append)
-    assert "leaving out tokenise: No module named tokenizers" in said
+    manifest = profile(exported_copy, SMALL, left_out=said.append)
+    assert said == ["tokenise: No module named tokenizers"]
     assert not manifest.stage("tokenise").profile
     assert manifest.stage("pool").profile
-    assert manifest.stage("encode").profile
+
+
+def test_a_part_of_a_cut_decoder_is_left_out(tmp_path: Path) -> None:
+    x = TensorSpec(name="hidden", datatype="FP32", shape=("batch", "seq", 4))
+    parameters = {"part": 2, "parts": 2}
+    part = StageSpec(name="generate-2", tier="core", processor="generate", inputs=(x,), outputs=(x,), parameters=parameters)
+    save(Manifest(model="tiny", source="tiny@1", architecture="None", weights="seeded", stages=(part,)), tmp_path)
+    said: list[str] = []
+    assert not profile(tmp_path, SMALL, left_out=said.append).stage("generate-2").profile
+    assert said == ["generate-2: a part of a cut decoder works only beside the others"]

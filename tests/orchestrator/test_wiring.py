@@ -125,11 +125,13 @@ def test_an_input_with_a_default_that_no_step_gives_comes_from_the_request() -> 
     assert wired.pipelines["embed"].steps[2].inputs["temperature"] == "request.temperature"
 
 
-def cut_in_two(text: str) -> list[str] | tuple[str, ...]:
+def cut_in_two(text: str, **parameters: object) -> list[str] | tuple[str, ...]:
     """Problems, or the services of the step `encode`, where `encode` is the first part of two of a decoder."""
     encode = MANIFEST.stage("encode")
     parts = [
-        encode.model_copy(update={"name": f"encode-{i}", "processor": "generate", "parameters": {"part": i, "parts": 2}})
+        encode.model_copy(
+            update={"name": f"encode-{i}", "processor": "generate", "parameters": {"part": i, "parts": 2, **parameters}}
+        )
         for i in (1, 2)
     ]
     stages = (*(stage for stage in MANIFEST.stages if stage.name != "encode"), *parts)
@@ -154,6 +156,13 @@ def test_a_part_that_nobody_serves_is_a_problem_and_so_is_a_step_at_a_later_part
     text = TESTBED.replace("  pool:", SECOND + "  pool:").replace("service: encode}", "service: more}")
     assert cut_in_two(text) == [
         "small.yaml:20: pipelines.embed.steps[1].service: 'more' is part 2 of a decoder; a step names the first, which calls it"
+    ]
+
+
+def test_a_part_of_a_decoder_that_attends_to_an_encoder_is_a_problem() -> None:
+    assert cut_in_two(TESTBED.replace("  pool:", SECOND + "  pool:"), encoder=True) == [
+        "small.yaml:20: pipelines.embed.steps[1].service: 'encode' is a part of a decoder that attends to an encoder, and such "
+        "a decoder is served whole only: give model 'tiny' no cut"
     ]
 
 

@@ -18,9 +18,9 @@ from services.dataplane.routes import Routes, Service
 from services.dataplane.wire import Array
 from services.gateway.app import Gateway
 from services.stage.app import Replica
+from services.stage.onward import Identity
 from services.stage.processors import Processor
 from services.stage.processors.generate import Generate
-from services.stage.service import Identity
 from services.stage.session import Graph, open_graph
 from tests.services import decoder, harness
 
@@ -99,12 +99,14 @@ class Spell:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.broken = False
+        self.broken = self.refuses = False
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self.calls += 1
         if self.broken:
             raise ZeroDivisionError
+        if self.refuses:
+            raise BadRequest("these are no letters")
         text = np.empty(len(inputs["output_ids"]), dtype=object)
         for i, (ids, count) in enumerate(zip(inputs["output_ids"], inputs["output_count"], strict=True)):
             text[i] = spelt(ids[:count]).encode()

@@ -30,8 +30,8 @@ from services.gateway.app import Gateway
 from services.server import configuration
 from services.stage import app as stage_app
 from services.stage.app import Replica
+from services.stage.onward import Identity
 from services.stage.processors import Processor
-from services.stage.service import Identity
 from services.transport import HttpAnswer, Transport
 
 

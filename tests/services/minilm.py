@@ -12,8 +12,8 @@ from services.dataplane.pipeline import Pipeline, Step
 from services.dataplane.routes import Replica as ReplicaRoute
 from services.dataplane.routes import Routes, Service
 from services.stage.app import Replica
+from services.stage.onward import Identity
 from services.stage.processors import open_processor
-from services.stage.service import Identity
 from tests.services import harness
 
 STAGES = ("tokenise", "encode", "pool", "classify", "rank")

@@ -173,8 +173,14 @@ async def test_a_seed_makes_a_sampled_answer_repeatable_and_without_one_it_is_an
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"suffix": "x"}, "suffix"),
         ({"extra_body": {"top_k": 3}}, "top_k"),
-        ({"prompt": [1, 2]}, "prompt"),
+        ({"prompt": [1, 2]}, "- prompt.0: Input should be a valid string"),
+        ({"prompt": ["a", 2]}, "prompt.1: Input"),
+        ({"stream_options": {"include": True}, "stream": True}, "stream_options.include: Extra"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2**63}, "max_tokens"),
+        ({"max_tokens": 2**63 - 1}, "which leaves 61 of the model's 64"),
+        ({"seed": 2**63}, "seed"),
+        ({"temperature": "hot"}, "temperature: Input should be a valid number"),
         ({"temperature": 3.0}, "temperature"),
         ({"stop": ["a"] * 5}, "stop: 5 strings"),
         ({"stop": ""}, "stop: a string must have"),
@@ -196,7 +202,9 @@ async def test_what_a_completion_cannot_have_is_refused(client: AsyncOpenAI, fie
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: a list"),
         ({"response_format": {"type": "json_object"}}, "response_format: an object"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "say different things"),
+        ({"max_completion_tokens": 10**30}, "max_completion_tokens|JSON"),
         ({"messages": []}, "messages"),
+        ({"messages": ["hello"]}, "messages.0: Input should be a valid dictionary"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "role: 'tool' is not one of"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "parts of type text and image_url"),
         ({"messages": [{"role": "user", "content": None}]}, "content must be a text"),
@@ -284,6 +292,10 @@ async def test_triton_leaves_out_what_has_a_default(served: House) -> None:
         some = number("max_tokens", np.array([3, 5]), "INT64", True)
         answer = await client.infer("write", [texts("text", prompts, True), some])
         assert answer.as_numpy("text").tolist() == [house.answer("ade", 3).encode(), house.answer("hello", 5).encode()]
+        for order in (1, -1):
+            wrong = [texts("text", prompts, True), number("seed", np.array([3]), "INT64", True)][::order]
+            with pytest.raises(InferenceServerException, match=r"input 'seed' must have shape \[2\], not \[1\]"):
+                await client.infer("write", wrong)
         with pytest.raises(InferenceServerException, match="input 'text' of pipeline 'write' is missing"):
             await client.infer("write", [some])
     async with triton_aio.InferenceServerClient(served.stages["generate"].removeprefix("http://")) as client:

@@ -209,6 +209,49 @@ async def test_a_stage_behind_that_dies_ends_the_work(tmp_path: Path) -> None:
         await until(lambda: in_flight(served) == 0)
 
 
+async def test_a_replica_that_dies_in_the_middle_of_a_stream_is_avoided_by_the_gateway_too(tmp_path: Path) -> None:
+    async with house.served(tmp_path) as served:
+        served.graph.hold()
+        async with asking(served, max_tokens=40) as client:
+            served.graph.allow()
+            await client.begin()
+            await client.event()
+            break_off(served.stages["generate"])
+            (error,) = await client.rest()
+        assert [hop["replica"] for hop in error["hops"]] == ["tokenise-0"]
+        assert error["hops"][0]["failed"] == ["generate-0"]
+        book, now = served.gateway._book, asyncio.get_running_loop().time()
+        assert [name for name in ("tokenise-0", "generate-0") if book.ejected(name, now)] == ["generate-0"]
+
+
+async def test_streams_that_are_ended_early_are_not_taken_for_work_that_is_still_to_do(tmp_path: Path) -> None:
+    whole = house.answer(PROMPT, 40)
+    async with house.served(tmp_path) as served:
+        for _ in range(3):
+            async with asking(served, max_tokens=40, stop=whole[5:7]) as client:
+                await client.begin()
+                assert text(*await client.rest()) == whole[:5]
+        await until(lambda: in_flight(served) == 0)
+        page = served.replicas["generate"].metrics.exposition().decode()
+        assert 'espalier_stage_compute_duration_seconds_count{node="local",stage="generate"} 3.0' in page
+        views = [served.gateway._book.view(f"{name}-0") for name in ("tokenise", "generate")]
+        assert [view.sent_since for view in views] == [0, 0]
+        assert all(view.service_s > 0 for view in views)
+
+
+async def test_a_stream_read_to_its_end_gives_its_connection_back(tmp_path: Path) -> None:
+    async with house.served(tmp_path) as served:
+        for _ in range(3):
+            async with asking(served) as client:
+                await client.begin()
+                await client.rest()
+        service = served.gateway._service
+        assert service is not None
+        kept = service._walker._forwarder._transport._idle
+        await until(lambda: sum(map(len, kept.values())) == 1)
+        assert len(service._walker._forwarder._transport._open) == 1
+
+
 async def test_a_stop_string_ends_the_answer_and_the_work_for_it(tmp_path: Path) -> None:
     whole = house.answer(PROMPT, 40)
     stop = whole[5:7]
@@ -227,6 +270,70 @@ async def test_a_stop_string_ends_the_answer_and_the_work_for_it(tmp_path: Path)
         assert await infer_alone(served) == house.answer("xyz", 3)
         assert served.graph.runs <= 8 + 3
         await until(lambda: counted(served) == {"on_time": 2})
+
+
+async def asked_whole(served: House, deadline_s: float = 20.0, **fields: Any) -> tuple[int, Any]:
+    body = json.dumps({"model": "write", "prompt": PROMPT, "max_tokens": 40, **fields}).encode()
+    async with Transport() as http:
+        answer = await http.post(f"{served.url}/v1/completions", body, {"x-request-timeout-seconds": str(deadline_s)}, 30.0)
+        return answer.status, json.loads(answer.body)
+
+
+async def test_a_stop_string_ends_an_answer_that_is_not_streamed_and_the_work_for_it_too(tmp_path: Path) -> None:
+    whole = house.answer(PROMPT, 40)
+    async with house.served(tmp_path) as served:
+        served.graph.hold()
+        served.graph.allow(7)
+        status, body = await asked_whole(served, stop=[whole[5:7]])
+        assert status == 200
+        assert body["choices"] == [{"index": 0, "text": whole[:5], "logprobs": None, "finish_reason": "stop"}]
+        assert body["usage"]["completion_tokens"] == 7
+        await until(lambda: in_flight(served) == 0)
+        served.graph.free()
+        assert await infer_alone(served) == house.answer("xyz", 3)
+        assert served.graph.runs <= 8 + 3
+        status, body = await asked_whole(served, stop="never")
+        assert body["choices"][0]["text"] == whole
+        await until(lambda: counted(served) == {"on_time": 3})
+
+
+async def test_its_deadline_is_the_whole_answers(tmp_path: Path) -> None:
+    async with house.served(tmp_path) as served:
+        served.graph.hold()
+        served.graph.allow(2)
+        status, body = await asked_whole(served, deadline_s=0.5, stop="never")
+        assert (status, body["error"]["code"]) == (504, "expired")
+        await until(lambda: in_flight(served) == 0)
+        assert counted(served) == {"expired": 1}
+
+
+async def test_it_is_begun_once_more_where_a_replica_dies_in_the_middle(tmp_path: Path) -> None:
+    whole = house.answer(PROMPT, 40)
+    async with house.served(tmp_path) as served:
+        served.graph.hold()
+        served.graph.allow(3)
+        asked = asyncio.ensure_future(asked_whole(served, stop=[whole[5:7]]))
+        assert await asyncio.to_thread(served.graph.waits.wait, 10)
+        break_off(served.stages["generate"])
+        served.graph.free()
+        status, body = await asked
+        assert (status, body["choices"][0]["text"]) == (200, whole[:5])
+        assert counted(served) == {"on_time": 1}
+
+
+async def test_what_a_stage_refuses_in_the_middle_has_failed_and_was_no_bad_request(tmp_path: Path) -> None:
+    async with house.served(tmp_path) as served:
+        served.graph.hold()
+        async with asking(served, max_tokens=40) as client:
+            served.graph.allow()
+            await client.begin()
+            await client.event()
+            served.spell.refuses = True
+            served.graph.allow()
+            (error,) = await client.rest()
+            assert error["error"]["code"] == "bad_request"
+        await until(lambda: counted(served) == {"failed": 1})
+        assert "espalier_bad_requests_total{" not in served.page()
 
 
 async def test_what_goes_wrong_before_the_first_token_is_an_ordinary_error(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from services.dataplane.wire import Array
 ROLES = ("system", "user", "assistant", "tool")
 MAX_BYTES = 1 << 18
 """Longest conversation; a template's time grows with it, and it runs in the event loop."""
+MAX_BYTES_TOGETHER = 1 << 20
+"""Of all conversations of a request, for the same reason."""
 RULES = ("never", "unless_bos")
 _PROBE = "espalier probe"
 _TEXT, _IMAGE = "text", "image"
@@ -51,6 +53,9 @@ class Chat:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Render; raises BadRequest for what is no conversation, or none that the template knows."""
+        size = sum(map(len, inputs["messages"]))
+        if size > MAX_BYTES_TOGETHER:
+            raise TooLarge(f"the messages have {size} bytes together; the limit is {MAX_BYTES_TOGETHER}: send fewer at once")
         texts = [self._render(index, raw) for index, raw in enumerate(inputs["messages"])]
         text = np.empty(len(texts), dtype=object)
         text[:] = [each.encode() for each in texts]

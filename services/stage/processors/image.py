@@ -26,8 +26,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 1 << 24
 """Largest image, before and after resizing: 16.8 megapixels. Pillow holds one in 64 MiB, and two of them while it is turned or
 made RGB."""
+PIXELS_TOGETHER = 8
+"""Times as many pixels may all images of a request have together: an image of one colour is a few bytes and takes a third of a
+second, and a request of hundreds would hold the stage for a minute."""
+MAX_SCANS = 64
+"""Most scans of a JPEG. A progressive one has about ten; another is thirty bytes, and goes through all pixels again."""
 EXAMPLE = (640, 480)
 """Width and height of the image a stage is warmed up with."""
+
+_JPEGS = ("JPEG", "MPO")
+"""The same as Pillow calls them; the other one has several images, the first of which is taken."""
+_START_OF_SCAN = b"\xff\xda"
 
 # Its own limit is ten times ours, and for the most part a warning.
 Image.MAX_IMAGE_PIXELS = None
@@ -64,8 +73,15 @@ class Preprocess:
         """Preprocess; raises BadRequest for what is no image or a broken one, TooLarge for one over the limit of pixels."""
         images = inputs["image"]
         pixels = np.empty((len(images), 3, *self._shape), np.float32)
+        left = self._max_pixels * PIXELS_TOGETHER
         for index, (raw, out) in enumerate(zip(images, pixels, strict=True)):
-            scaled = np.asarray(self._scale(self._decode(index, raw), index))
+            image = self._open(index, raw)
+            left -= image.width * image.height
+            if left < 0:
+                raise TooLarge(
+                    f"the images have more than {self._max_pixels * PIXELS_TOGETHER} pixels together: send fewer at once"
+                )
+            scaled = np.asarray(self._scale(self._decode(index, image), index))
             for channel in range(3):
                 out[channel] = self._values[channel][scaled[:, :, channel]]
         return {"pixel_values": pixels}
@@ -83,7 +99,8 @@ class Preprocess:
         """Formats taken, and the largest image."""
         return {"formats": list(FORMATS), "max_pixels": self._max_pixels}
 
-    def _decode(self, index: int, raw: bytes) -> Image.Image:
+    def _open(self, index: int, raw: bytes) -> Image.Image:
+        """The image as far as its header."""
         try:
             image: Image.Image = Image.open(io.BytesIO(raw), formats=FORMATS)
         except Exception:  # a decoder on bytes of anybody's making raises whatever it stumbles over
@@ -92,6 +109,12 @@ class Preprocess:
             raise TooLarge(
                 f"image {index} has {image.width} x {image.height} pixels; the limit is {self._max_pixels} in all: shrink it"
             )
+        # Within the data of a scan no such two bytes stand, so they are not found too often by chance.
+        if image.format in _JPEGS and (scans := raw.count(_START_OF_SCAN)) > MAX_SCANS:
+            raise TooLarge(f"image {index} has {scans} scans; the limit is {MAX_SCANS}: encode it again")
+        return image
+
+    def _decode(self, index: int, image: Image.Image) -> Image.Image:
         try:
             ImageOps.exif_transpose(image, in_place=True)
             return self._rgb(image)

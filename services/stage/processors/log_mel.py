@@ -19,7 +19,7 @@ import soundfile
 import soxr
 
 from models.manifest import ManifestError, StageSpec
-from services.dataplane.errors import BadRequest
+from services.dataplane.errors import BadRequest, TooLarge
 from services.dataplane.wire import Array
 
 FORMATS = ("WAV", "FLAC", "OGG")
@@ -27,6 +27,9 @@ _CONTAINERS = {*FORMATS, "WAVEX", "RF64"}
 """The same as libsndfile names them."""
 RATES_HZ = (1_000, 384_000)
 CHANNELS = 8
+SAMPLES_TOGETHER = 1 << 28
+"""Most samples, of all channels, that are decoded for one request: three quarters of an hour in stereo at 48 kHz, a minute and
+a half at the most that is taken of both. Silence is a few bytes, and takes as long to decode as anything."""
 _BLOCK_FRAMES = 1 << 16
 """Samples of each channel decoded at once."""
 _COLUMNS = 256
@@ -63,8 +66,17 @@ class LogMel:
         self._truncate = truncate
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Decode and transform; raises BadRequest for what is no sound, is empty, or lasts longer than the window."""
-        features = [self._transform(self._read(index, raw)) for index, raw in enumerate(inputs["audio"])]
+        """Decode and transform.
+
+        Raises:
+            BadRequest: it is no sound, is empty, or lasts longer than the window.
+            TooLarge: all together are over the limit.
+        """
+        features, left = [], SAMPLES_TOGETHER
+        for index, raw in enumerate(inputs["audio"]):
+            sound, samples = self._read(index, raw, left)
+            left -= samples
+            features.append(self._transform(sound))
         return {"input_features": np.stack(features)}
 
     def example(self, items: int) -> dict[str, Array]:
@@ -83,12 +95,17 @@ class LogMel:
 
     # --- sound ----------------------------------------------------------------------------------------------------------
 
-    def _read(self, index: int, raw: bytes) -> Array:
-        """Samples at the model's rate, mono, FP32 [at most the window's]."""
+    def _read(self, index: int, raw: bytes, left: int) -> tuple[Array, int]:
+        """Samples at the model's rate, mono, FP32 [at most the window's], and how many were decoded, of at most `left`."""
         try:
             with soundfile.SoundFile(io.BytesIO(raw)) as file:
                 self._check(index, file)
-                sound = self._decode(file)
+                # One more than the window needs where the rates differ, so that what is cut off cannot be heard at the end.
+                wanted = math.ceil(self._window.samples * file.samplerate / self._window.rate_hz) + 1
+                decoded = min(wanted, file.frames) * file.channels
+                if decoded > left:
+                    raise TooLarge(f"the sounds have more than {SAMPLES_TOGETHER} samples together: send fewer at once")
+                sound = self._decode(file, wanted)
                 rate_hz = file.samplerate
         except soundfile.LibsndfileError:
             raise BadRequest(f"audio {index} is no sound: send the bytes of a file in one of {', '.join(FORMATS)}") from None
@@ -98,7 +115,7 @@ class LogMel:
             raise BadRequest(f"audio {index} has samples that are no numbers; encode it again")
         if rate_hz != self._window.rate_hz:
             sound = soxr.resample(sound, rate_hz, self._window.rate_hz, quality="HQ")
-        return sound[: self._window.samples]
+        return sound[: self._window.samples], decoded
 
     def _check(self, index: int, file: soundfile.SoundFile) -> None:
         """Raise BadRequest for a file that should not even be decoded."""
@@ -114,9 +131,8 @@ class LogMel:
         if seconds > longest and not self._truncate:
             raise BadRequest(f"audio {index} lasts {seconds:.1f} s; the model hears {longest:g} s: cut it or split it")
 
-    def _decode(self, file: soundfile.SoundFile) -> Array:
-        # One sample more than the window needs where the rates differ, so that what is cut off cannot be heard at the end.
-        wanted = math.ceil(self._window.samples * file.samplerate / self._window.rate_hz) + 1
+    @staticmethod
+    def _decode(file: soundfile.SoundFile, wanted: int) -> Array:
         blocks = []
         while wanted > 0:
             block = file.read(min(wanted, _BLOCK_FRAMES), dtype="float32", always_2d=True)

@@ -22,6 +22,8 @@ from tokenizers import Tokenizer
 _LONGEST_TOKEN = 64
 """Characters per token beyond which no tokenizer's text can fit: a text longer than this many times the limit is refused
 unread, so that a huge one does not hold the event loop."""
+_BYTES_TOGETHER = 1 << 20
+"""Most bytes of all texts of a request, or as many as one may have; a quarter of a second's work, for the same reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Tokenise:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Tokenise; raises BadRequest for a text that is not UTF-8, or has more or fewer tokens than the model takes."""
+        self._check(inputs["text"])
         texts = [self._decode(i, raw) for i, raw in enumerate(inputs["text"])]
         ids = self._encode(texts, inputs.get("add_special_tokens"))
         for i, tokens in enumerate(ids):
@@ -87,6 +90,11 @@ class Tokenise:
     def describe(self) -> dict[str, Any]:
         """Longest text and what happens to a longer one."""
         return {"max_tokens": self._max_tokens, "truncate": self._truncate}
+
+    def _check(self, texts: Array) -> None:
+        limit = max(self._max_tokens * _LONGEST_TOKEN, _BYTES_TOGETHER)
+        if (size := sum(map(len, texts))) > limit and len(texts) > 1:
+            raise TooLarge(f"the texts have {size} bytes together; the limit is {limit}: send fewer at once")
 
     def _decode(self, index: int, raw: bytes) -> str:
         limit = self._max_tokens * _LONGEST_TOKEN

@@ -48,7 +48,7 @@ def test_any_number_of_parts_hears_and_says_what_the_model_does(language: str | 
     with torch.no_grad():
         states = model.model.encoder(features).last_hidden_state
     assert len(set(want.flatten().tolist())) >= 20
-    for parts in (1, 2, 3):
+    for parts in (1, 2, 3) if language is None else (1,):
         cut = whisper.cut(checkpoint, parts)
         heard = features
         for piece in _named(cut.pieces, "encoder"):

@@ -10,12 +10,12 @@ import pytest
 
 from models.checkpoint import resolve
 from models.errors import CheckpointError
-from models.export import Wanted, export
 from models.manifest import Precision, load
 from models.session import Array
 from models.verification import verify
 from models.verification.figures import Verdict
 from models.verification.generation import Answer, Decoder, check_width, left_padded
+from tests.conftest import exported
 from tests.models.verification.test_sentence import missed, reseal
 
 TOKENS = "greedy tokens that differ"
@@ -33,10 +33,10 @@ def test_a_language_model_says_the_same_in_every_precision(lm_ci: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "parts"), [("lm-ci", 2), ("lm-ci", 3), ("asr-ci", 2), ("vlm-ci", 2)])
-def test_a_cut_model_says_the_same(name: str, parts: int, tmp_path: Path) -> None:
-    made = export(name, tmp_path, Wanted(parts=parts))
-    assert len(made.manifest.parts("generate")) == parts
-    verdict = verify(tmp_path, name)
+def test_a_cut_model_says_the_same(name: str, parts: int) -> None:
+    made = exported(name, "float32", parts=parts)
+    assert len(load(made).parts("generate")) == parts
+    verdict = verify(made, name)
     assert missed(verdict) == set()
     assert _values(verdict)[TOKENS] == 0
 

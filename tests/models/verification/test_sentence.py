@@ -19,6 +19,7 @@ from models.verification import verify
 from models.verification.figures import Figure, Verdict
 from models.verification.texts import batches
 from tests.models import tiny
+from tests.models.conftest import Made
 
 
 def missed(verdict: Verdict) -> set[tuple[str, str]]:
@@ -151,10 +152,10 @@ def test_a_file_that_is_no_model_is_refused(tiny_bert: Path, exported_copy: Path
         verify(exported_copy, str(tiny_bert))
 
 
-def test_two_parts_equal_the_model(tiny_bert: Path, tmp_path: Path) -> None:
-    cut = export(str(tiny_bert), tmp_path, Wanted(parts=2, weights="seeded"))
+def test_two_parts_equal_the_model(tiny_bert: Path, tiny_cut: Made) -> None:
+    cut = tiny_cut.exported
     assert [stage.name for stage in cut.manifest.parts("encode")] == ["encode-1", "encode-2"]
-    assert missed(verify(tmp_path, str(tiny_bert))) == set()
+    assert missed(verify(cut.directory, str(tiny_bert))) == set()
 
 
 def test_other_weights_of_the_same_shape_miss(tiny_export: Exported, tmp_path: Path) -> None:

@@ -153,6 +153,16 @@ def test_the_heap_stays_small_while_tasks_come_and_are_cancelled_behind_one_that
     assert names(queue.most_urgent(2)) == ["stays"]
 
 
+def test_who_leaves_from_the_front_leaves_nothing_in_the_heap() -> None:
+    entries = [waiting(str(i), float(i)) for i in range(4)]
+    queue = queue_of(*entries)
+    queue.remove(entries[1])
+    queue.remove(entries[0])
+    assert [entry[2].task for entry in queue._heap] == ["2", "3"]
+    assert queue.take() is entries[2]
+    assert len(queue._heap) == 1
+
+
 def test_the_backlog_does_not_drift() -> None:
     queue = queue_of(capacity=4)
     for i in range(2000):

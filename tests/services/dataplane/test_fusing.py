@@ -138,3 +138,11 @@ def test_a_model_carries_its_fused_stages_beside_its_own_and_can_be_told_without
 def test_members_are_wired_to_the_nearest_earlier_one_that_makes_the_tensor() -> None:
     stages = [MODEL.stage(name) for name in ("tokenise", "encode-1", "encode-2")]
     assert fusing.wires(stages)[2] == {"hidden": 1, "attention_mask": 0}
+
+
+def test_a_name_that_is_too_long_is_still_its_own() -> None:
+    many = ["tokenise", *(f"encode-{i}" for i in range(1, 9))]
+    names = {fusing.name_of(many), fusing.name_of([*many, "pool"]), fusing.name_of(many[:2])}
+    assert len(names) == 3
+    assert all(len(name) <= 63 for name in names)
+    assert fusing.name_of(many[:2]) == "tokenise-encode-1"

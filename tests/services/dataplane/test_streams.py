@@ -54,11 +54,17 @@ def test_an_end_must_be_an_object() -> None:
 @pytest.mark.parametrize(("token_deadline_s", "deadline_s", "pace"), [(0.2, 5.0, Pace(0.2, 2.0)), (None, 5.0, Pace(None, 5.0))])
 def test_a_pace_survives_the_wire(token_deadline_s: float | None, deadline_s: float, pace: Pace) -> None:
     assert Pace.of(token_deadline_s, deadline_s) == pace
-    assert Pace.from_parameter(pace.to_parameter()) == pace
+    whole = Pace(pace.token_s, pace.stall_s, whole=True)
+    for each in (pace, whole):
+        assert Pace.from_parameter(each.to_parameter()) == each
+    assert Pace.from_parameter({"stall": 5_000_000}) == Pace(None, 5.0), "of a gateway that knows no others"
     assert Pace.from_parameter(None) is None
 
 
-@pytest.mark.parametrize("value", [True, 1, {}, {"stall": 0}, {"stall": 1.5}, {"stall": True}, {"stall": 9, "token": 0}, []])
+@pytest.mark.parametrize(
+    "value",
+    [True, 1, {}, {"stall": 0}, {"stall": 1.5}, {"stall": True}, {"stall": 9, "token": 0}, {"stall": 9, "whole": 1}, []],
+)
 def test_a_pace_that_no_gateway_wrote_is_refused(value: Any) -> None:
     with pytest.raises(BadRequest, match="only a gateway makes one"):
         Pace.from_parameter(value)

@@ -43,9 +43,12 @@ def test_any_bytes_are_a_form_or_a_bad_request(body: bytes) -> None:
         (TYPE, b"--xyz\r\nX: y\r\n\r\n1\r\n--xyz--", "a field without a name"),
     ],
 )
-def test_what_is_no_form_is_refused(kind: str, body: bytes, words: str) -> None:
+def test_what_is_no_form_is_refused_and_fills_no_log(
+    kind: str, body: bytes, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(BadRequest, match=words):
         forms.read(kind, body)
+    assert not caplog.records
 
 
 def test_a_form_has_a_bounded_number_of_fields() -> None:

@@ -16,8 +16,8 @@ from models.manifest import Manifest, StageSpec, TensorSpec
 from services.dataplane import wire
 from services.dataplane.wire import Array, Message, Tensor
 from services.stage.app import Replica
+from services.stage.onward import Identity
 from services.stage.processors import open_processor
-from services.stage.service import Identity
 from services.transport import HttpAnswer, Transport
 from tests.services import harness
 

@@ -14,8 +14,9 @@ import pytest
 
 from models.manifest import ServiceLaw
 from services.dataplane.deadline import Deadline
-from services.dataplane.errors import BadRequest, NoReplica, QueueFull, TooLarge
+from services.dataplane.errors import BadRequest, Expired, NoReplica, QueueFull, TooLarge
 from services.dataplane.generation import GenerationEstimate
+from services.dataplane.streams import Pace
 from services.dataplane.wire import Array
 from services.stage.generation import GenerationWorker, warm_up
 from services.stage.metrics import StageMetrics
@@ -80,7 +81,7 @@ async def test_a_task_gets_its_tokens_and_they_are_counted(tmp_path: Path) -> No
 async def test_a_stream_is_told_of_each_token_and_an_end(tmp_path: Path) -> None:
     async with working(tmp_path) as it:
         it.graph.hold()
-        states = it.worker.stream(inputs((3, 4, 5), 3), {"batch": 1, "seq": 3}, due(), 0.0, None)
+        states = it.worker.stream(inputs((3, 4, 5), 3), {"batch": 1, "seq": 3}, due(), 0.0, Pace(None, 20.0))
         seen = []
         async with aclosing(states):
             it.graph.allow()
@@ -166,6 +167,42 @@ async def test_the_most_urgent_task_joins_first(tmp_path: Path) -> None:
         it.graph.free()
         await asyncio.gather(*tasks)
         assert ended == [1, 2, 0]
+
+
+async def test_answers_of_one_token_leave_nothing_behind(tmp_path: Path) -> None:
+    async with working(tmp_path) as it:
+        for token in (3, 4, 5):
+            assert await it.ask(token, tokens=1) == decoder.reference([token], 1)
+        await until(lambda: it.worker._members == ())
+
+
+async def test_a_stream_holds_its_place_for_all_tokens_that_are_to_be_expected(tmp_path: Path) -> None:
+    async with working(tmp_path, max_batch=1) as it:
+        assert len(await it.ask(3, 4, 5, tokens=4)) == 4  # so that all that are allowed are to be expected
+        it.graph.hold()
+        states = it.worker.stream(inputs((3, 4, 5), 30), {"batch": 1, "seq": 3}, due(), 0.0, Pace(None, 20.0))
+        async with aclosing(states):
+            it.graph.allow()
+            await anext(states)
+            now = time.monotonic()
+            assert it.worker.expected_wait_s(now) == pytest.approx(29 * it.worker._estimate.step.mean_s(1), rel=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+async def test_of_an_answer_wanted_whole_the_deadline_is_its_ends(tmp_path: Path, whole: bool) -> None:
+    async with working(tmp_path) as it:
+        it.graph.hold()
+        states = it.worker.stream(inputs((3, 4, 5), 3), {"batch": 1, "seq": 3}, due(0.3), 0.0, Pace(None, 20.0, whole))
+        async with aclosing(states):
+            it.graph.allow()
+            await anext(states)
+            await asyncio.sleep(0.4)
+            it.graph.free()
+            if whole:
+                with pytest.raises(Expired, match="while the answer was being made"):
+                    [state async for state in states]
+            else:
+                assert [state async for state in states][-1].outputs["finish_reason"].tolist() == [b"length"]
 
 
 async def test_whoever_is_still_there_when_it_stops_is_told(tmp_path: Path) -> None:

@@ -253,6 +253,11 @@ def test_what_the_template_itself_refuses_comes_back_in_its_words(tmp_path: Path
         run(open_with(tmp_path, LLAMA2), [says("user", "a"), says("user", "b")])
 
 
+def test_many_long_conversations_are_too_many_at_once(tmp_path: Path) -> None:
+    with pytest.raises(TooLarge, match=r"the messages have 10[0-9]* bytes together; the limit is 1048576: send fewer at once"):
+        run(open_with(tmp_path), *[[says("user", "a" * 210_000)]] * 5)
+
+
 def test_a_conversation_over_the_limit_is_refused_unread(tmp_path: Path) -> None:
     with pytest.raises(TooLarge, match="messages 0: 300000 bytes; the limit is 262144: shorten the conversation"):
         run(open_with(tmp_path), b"x" * 300_000)

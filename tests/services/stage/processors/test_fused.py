@@ -15,8 +15,8 @@ from services.dataplane.routes import Replica as ReplicaRoute
 from services.dataplane.routes import Routes, Service
 from services.dataplane.wire import Array
 from services.stage.app import Replica
+from services.stage.onward import Identity
 from services.stage.processors import Exemplary, Processor, fused, open_processor
-from services.stage.service import Identity
 from services.transport import Transport
 from tests.services import harness
 from tests.services.minilm import PIPELINES, open_replica

@@ -254,6 +254,26 @@ def test_the_limit_is_a_parameter() -> None:
         run(small, JPEG)
 
 
+def test_many_images_of_nothing_are_too_many_at_once() -> None:
+    """A few bytes each, and each as much work as a photograph."""
+    empty = encoded(np.zeros((90, 60, 3), np.uint8), "PNG")
+    small = open_with(max_pixels=60 * 90)
+    assert len(run(small, *[empty] * 8)) == 8
+    with pytest.raises(TooLarge, match="more than 43200 pixels together: send fewer at once"):
+        run(small, *[empty] * 9)
+
+
+def test_a_jpeg_that_draws_itself_again_and_again_is_refused() -> None:
+    file = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    few = 64 - whole.count(b"\xff\xda")
+    run(PREPROCESS, whole[:-2] + scan * few + b"\xff\xd9")
+    with pytest.raises(TooLarge, match="image 0 has 65 scans; the limit is 64: encode it again"):
+        run(PREPROCESS, whole[:-2] + scan * (few + 1) + b"\xff\xd9")
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_broken_files_end_in_an_answer_or_a_refusal(data: st.DataObject) -> None:

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.manifest import ManifestError, ModelFile, StageSpec, TensorSpec
-from services.dataplane.errors import BadRequest
+from services.dataplane.errors import BadRequest, TooLarge
 from services.dataplane.wire import Array
 from services.stage.processors import Exemplary, Processor, open_processor
+from services.stage.processors import log_mel as subject
 from tests.services.stage.processors.theirs import transformers
 
 DOUBLE, SINGLE = 1e-6, 5e-5
@@ -201,6 +202,14 @@ def test_bad_input_is_refused_with_its_place_and_what_to_change(
     del sentence
     with pytest.raises(BadRequest, match=f"audio 1 {message}"):
         run(log_mel, FILES["a tone"], file)
+
+
+def test_many_sounds_of_nothing_are_too_many_at_once(log_mel: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "SAMPLES_TOGETHER", 2 * 2 * 4_000)
+    silence = encoded(np.zeros((4_000, 2)), subtype="PCM_16", form="FLAC")
+    assert len(run(log_mel, silence, silence)) == 2
+    with pytest.raises(TooLarge, match="the sounds have more than 16000 samples together: send fewer at once"):
+        run(log_mel, silence, silence, silence)
 
 
 def test_a_file_that_breaks_off_is_what_there_is_of_it(log_mel: Processor) -> None:

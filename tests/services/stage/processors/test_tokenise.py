@@ -117,6 +117,11 @@ def test_a_text_over_the_models_limit_is_refused_with_its_place_and_both_numbers
         run(tokenise, "dog", "dog " * (MAX_TOKENS - 1))
 
 
+def test_many_texts_of_any_length_are_too_much_at_once(tokenise: Processor) -> None:
+    with pytest.raises(TooLarge, match="the texts have 1050000 bytes together; the limit is 1048576: send fewer at once"):
+        run(tokenise, *["ab" * 500] * 1050)
+
+
 def test_a_text_far_over_the_limit_is_refused_unread(tokenise: Processor) -> None:
     with pytest.raises(TooLarge, match="text 0 has 40000 bytes"):
         run(tokenise, b"\xff" * 40_000)  # had it been read, it would be no UTF-8
