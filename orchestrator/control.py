@@ -94,7 +94,7 @@ class Orchestrator:
         self._policy = plan.policy()
         self._services = plan.services()
         self._runtime = self._make_runtime()
-        self._gateways = Gateways(self._publisher.heard, self._publisher.forget, self._make_gateway())
+        self._gateways = Gateways(self._publisher.heard, self._publisher.drop, self._make_gateway())
         self._telemetry = Live(self._gateways.endpoints, settings.prometheus_url, lambda: self._testbed.control.stale_after)
         self._runner = self._make_runner()
         self._presence = Presence()

@@ -57,17 +57,17 @@ class Gateways:
     """See the module."""
 
     def __init__(
-        self, heard: Callable[[], Mapping[Caller, int]], forget: Callable[[str], None], kept: Kept | None = None
+        self, heard: Callable[[], Mapping[Caller, int]], drop: Callable[[Caller], None], kept: Kept | None = None
     ) -> None:
         """Know nobody but the one that is known beforehand.
 
         Args:
             heard: who asks for the routes, and the version each has applied.
-            forget: called with the name of one that is gone.
+            drop: called with one that is gone.
             kept: one that is known beforehand, called `doorkeeper.NAME`.
         """
         self.kept = kept
-        self._heard, self._forget = heard, forget
+        self._heard, self._drop = heard, drop
         self._looked: dict[Caller, _Looked] = {}
         self._client = httpx.AsyncClient(timeout=ANSWER_S, trust_env=False, limits=httpx.Limits(max_connections=None))
         self._task: asyncio.Task[None] | None = None
@@ -110,15 +110,12 @@ class Gateways:
 
     def status(self) -> list[dict[str, Any]]:
         """Name, node, address, state and applied version of each; those of one that has not asked yet are None."""
-        applied = {caller.name: (caller.node, version) for caller, version in self._heard().items()}
-        rows = [(caller.name, caller.url, self._state(caller)) for caller in self._callers()]
+        heard = self._heard()
+        rows = [_row(caller.name, caller.url, self._state(caller), (caller, heard[caller])) for caller in self._callers()]
         if self.kept is not None and (kept := self.kept.record) is not None:
-            rows.insert(0, (NAME, kept.url, kept.state))
-        found = []
-        for name, url, state in rows:
-            node, version = applied.get(name, (None, None))
-            found.append({"name": name, "node": node, "url": url, "state": state, "version": version})
-        return found
+            ours = next(((caller, version) for caller, version in heard.items() if caller.name == NAME), None)
+            rows.insert(0, _row(NAME, kept.url, kept.state, ours))
+        return rows
 
     def _callers(self) -> list[Caller]:
         ours = NAME if self.kept is not None else None
@@ -152,4 +149,9 @@ class Gateways:
         if looked.silent == TRIES:
             log.warning("%s on %s at %s: gone", caller.name, caller.node or "no node", caller.url)
             looked.silent = 0
-            self._forget(caller.name)
+            self._drop(caller)
+
+
+def _row(name: str, url: str, state: ReplicaState, heard: tuple[Caller, int] | None) -> dict[str, Any]:
+    node, version = (None, None) if heard is None else (heard[0].node, heard[1])
+    return {"name": name, "node": node, "url": url, "state": state, "version": version}

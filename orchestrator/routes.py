@@ -197,6 +197,11 @@ class Publisher:
         """The gateways that are alive, as far as their polls tell, and the version each has applied."""
         return {caller: gateway.applied for caller, gateway in self._gateways.items() if self._alive(gateway)}
 
+    def drop(self, caller: Caller) -> None:
+        """This gateway is known to be gone; another one of its name, at another address, is not."""
+        self._gateways.pop(caller, None)
+        self._tell()
+
     def forget(self, name: str) -> None:
         """The gateway of that name is known to be dead: nobody waits for it."""
         self._gateways = {caller: known for caller, known in self._gateways.items() if caller.name != name}

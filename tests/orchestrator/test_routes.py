@@ -136,6 +136,9 @@ async def test_gateways_that_ask_are_known_by_where_they_are(tmp_path: Path) -> 
     for caller in (first, second):
         await publisher.wait_for_news(1, 0.0, caller)
     assert publisher.heard() == {first: 1, second: 1}
+    publisher.drop(first)
+    assert publisher.heard() == {second: 1}
+    await publisher.wait_for_news(1, 0.0, first)
     clock.t += GATEWAY_FORGOTTEN_S + 0.1
     await publisher.wait_for_news(1, 0.0, second)
     assert publisher.heard() == {second: 1}

@@ -79,7 +79,7 @@ def test_tasks_come_in_at_every_gateway_and_their_outcomes_are_summed(edge: Edge
 
 def test_a_gateway_that_is_gone_blocks_nobody(edge: Edge, tmp_path: Path) -> None:
     edge.want(tokenise=2, encode=2, pool=2)
-    with further(edge, tmp_path, "gateway-2", "edge-2") as second, edge.load(tmp_path, 20, 5) as load:
+    with further(edge, tmp_path, "gateway-3", "edge-2") as second, edge.load(tmp_path, 20, 5) as load:
         load.wait_for(10)
         os.kill(second.process.pid, signal.SIGKILL)
         edge.espalier("scale", "pool", "1", "--wait")
