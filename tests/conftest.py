@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ def images(engine: docker.APIClient) -> None:
 @pytest.fixture(scope="session")
 def fake_stage_image(engine: docker.APIClient) -> Iterator[str]:
     """Tag of an image whose program is `tests.orchestrator.fake_stage`: it starts in half a second."""
-    tag = "espalier-test/fake-stage:1"
+    tag = f"espalier-test/fake-stage:{os.getpid()}"  # its own: another run on this engine removes its own image
     build_fake_stage(engine, tag)
     yield tag
     engine.remove_image(tag, force=True)
