@@ -179,11 +179,10 @@ class Walker:
             async with asyncio.TaskGroup() as group:
                 for index in range(count):
                     group.create_task(branch(index))
-        except* TaskError as errors:
-            first = errors.exceptions[0]
-            while isinstance(first, BaseExceptionGroup):  # pragma: no cover - a group of one level is all we make
-                first = first.exceptions[0]
-            raise first from None
+        except ExceptionGroup as errors:
+            # Not `except*`: what is raised in there comes out in a group again in early releases of Python 3.11 (3.11.2 of
+            # Debian 12, for one), and the task would fail as if by our fault.
+            raise errors.exceptions[0] from None
         return [hop for each in hops for hop in each]
 
     async def _segment(

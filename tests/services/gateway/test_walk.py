@@ -75,6 +75,19 @@ async def test_a_failing_branch_cancels_the_other(tmp_path: Path) -> None:
     left.open.set()
 
 
+async def test_branches_that_run_out_of_time_together_are_one_expired_task(tmp_path: Path) -> None:
+    left, right = Gate(), Gate()
+    replicas = (replica(Doubler(), name="first"), replica(left, name="left"), replica(right, name="right"))
+    async with harness.stages(*replicas) as [a, b, c]:
+        kept = document([fork()], {"first": [a], "left": [b], "right": [c]})
+        async with harness.gateway(kept, tmp_path) as (url, gateway):
+            answer = await infer(url, "task", 1.0, headers={"x-request-timeout-seconds": "0.5"})
+            assert (answer.status, reason(answer)) == (504, "expired")
+            assert outcomes(gateway.metrics.exposition().decode()) == {"expired": 1}
+        left.open.set()
+        right.open.set()
+
+
 async def queued_at(url: str, service: str, count: int) -> None:
     async with asyncio.timeout(10), Transport() as http:
         while True:
