@@ -691,44 +691,44 @@ def _inspection(request: _Request) -> str:
 
 
 _Rule = Callable[[Policy, _Request], Call]
-_ROUTES: tuple[tuple[str, re.Pattern[str], _Rule], ...] = tuple(
-    (method, re.compile(_VERSION + f"(?P<path>{path})", re.ASCII), rule)
-    for method, path, rule in (
-        ("GET", "/_ping", _without_parameters),
-        ("GET", "/version", _without_parameters),
-        ("GET", "/events", _events),
-        ("GET", "/containers/json", _list),
-        ("POST", "/containers/create", _create),
-        ("GET", f"/images/(?P<subject>{_IMAGE}|{_IMAGE_ID})/json", _image),
-        ("GET", f"/containers/(?P<subject>{_NAME})/json", _inspect),
-        ("GET", f"/containers/(?P<subject>{_NAME})/logs", _logs),
-        ("POST", f"/containers/(?P<subject>{_NAME})/start", _start),
-        ("POST", f"/containers/(?P<subject>{_NAME})/kill", _kill),
-        ("DELETE", f"/containers/(?P<subject>{_NAME})", _remove),
-    )
+_Route = tuple[str, re.Pattern[str], _Rule]
+
+
+def _routes(*rows: tuple[str, str, _Rule]) -> tuple[_Route, ...]:
+    """Method, pattern of the whole path, rule; from methods and patterns of paths behind the version."""
+    return tuple((method, re.compile(_VERSION + f"(?P<path>{path})", re.ASCII), rule) for method, path, rule in rows)
+
+
+_ROUTES = _routes(
+    ("GET", "/_ping", _without_parameters),
+    ("GET", "/version", _without_parameters),
+    ("GET", "/events", _events),
+    ("GET", "/containers/json", _list),
+    ("POST", "/containers/create", _create),
+    ("GET", f"/images/(?P<subject>{_IMAGE}|{_IMAGE_ID})/json", _image),
+    ("GET", f"/containers/(?P<subject>{_NAME})/json", _inspect),
+    ("GET", f"/containers/(?P<subject>{_NAME})/logs", _logs),
+    ("POST", f"/containers/(?P<subject>{_NAME})/start", _start),
+    ("POST", f"/containers/(?P<subject>{_NAME})/kill", _kill),
+    ("DELETE", f"/containers/(?P<subject>{_NAME})", _remove),
 )
-
-
-_SWARM_ROUTES: tuple[tuple[str, re.Pattern[str], _Rule], ...] = tuple(
-    (method, re.compile(_VERSION + f"(?P<path>{path})", re.ASCII), rule)
-    for method, path, rule in (
-        ("GET", "/_ping", _without_parameters),
-        ("GET", "/version", _without_parameters),
-        ("GET", "/events", _swarm_events),
-        ("GET", "/nodes", _without_parameters),
-        ("GET", "/services", _of_scope),
-        ("GET", "/tasks", _of_scope),
-        ("GET", f"/networks/(?P<subject>{_NAME})", _network),
-        ("GET", f"/images/(?P<subject>{_IMAGE}|{_IMAGE_ID})/json", _image),
-        ("POST", "/services/create", _create_service),
-        ("GET", f"/services/(?P<subject>{_NAME})", _inspect_service),
-        ("GET", f"/services/(?P<subject>{_NAME})/logs", _service_logs),
-        ("POST", f"/services/(?P<subject>{_NAME})/update", _scale_service),
-        ("DELETE", f"/services/(?P<subject>{_NAME})", _remove_service),
-        ("GET", f"/configs/(?P<subject>{_NAME})", _read_lease),
-        ("POST", "/configs/create", _create_lease),
-        ("POST", f"/configs/(?P<subject>{_NAME})/update", _write_lease),
-    )
+_SWARM_ROUTES = _routes(
+    ("GET", "/_ping", _without_parameters),
+    ("GET", "/version", _without_parameters),
+    ("GET", "/events", _swarm_events),
+    ("GET", "/nodes", _without_parameters),
+    ("GET", "/services", _of_scope),
+    ("GET", "/tasks", _of_scope),
+    ("GET", f"/networks/(?P<subject>{_NAME})", _network),
+    ("GET", f"/images/(?P<subject>{_IMAGE}|{_IMAGE_ID})/json", _image),
+    ("POST", "/services/create", _create_service),
+    ("GET", f"/services/(?P<subject>{_NAME})", _inspect_service),
+    ("GET", f"/services/(?P<subject>{_NAME})/logs", _service_logs),
+    ("POST", f"/services/(?P<subject>{_NAME})/update", _scale_service),
+    ("DELETE", f"/services/(?P<subject>{_NAME})", _remove_service),
+    ("GET", f"/configs/(?P<subject>{_NAME})", _read_lease),
+    ("POST", "/configs/create", _create_lease),
+    ("POST", f"/configs/(?P<subject>{_NAME})/update", _write_lease),
 )
 _WITH_BODY = frozenset({_create, _create_service, _scale_service, _create_lease, _write_lease})
 
