@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from orchestrator.runtimes.ending import Ending
+
 POLL_S = 0.1
 """Interval of looking at a process where no event tells of its death [s]."""
 START_TIME_TOLERANCE_S = 1.0
@@ -33,14 +35,15 @@ class Identity:
     argv: tuple[str, ...]
 
 
-class Child:
-    """A live process and the event of its end. Create it with `spawn` or `adopt`."""
+class Child(Ending):
+    """A live process and the event of its end. Create it with `spawn` or `adopt`.
+
+    Its `exit_code` is the exit status, or minus the signal; None for an adopted process, whose parent gets it.
+    """
 
     def __init__(self, identity: Identity, *, ours: bool, pidfd: int | None) -> None:
+        super().__init__()
         self.identity = identity
-        self.exited = asyncio.Event()
-        self.exit_code: int | None = None
-        """Exit status, or minus the signal; None while it runs, and for an adopted process, whose parent gets it."""
         self._ours = ours
         self._pidfd = pidfd
         self._poll: asyncio.Task[None] | None = None
@@ -58,15 +61,6 @@ class Child:
                 signal.pidfd_send_signal(self._pidfd, number)
             elif recognise(self.identity):
                 os.kill(self.identity.pid, number)
-
-    async def wait(self, limit_s: float) -> bool:
-        """Whether it ended within the limit."""
-        try:
-            async with asyncio.timeout(limit_s):
-                await self.exited.wait()
-        except TimeoutError:
-            return False
-        return True
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, then SIGKILL for one that has not ended after the grace time."""
@@ -86,7 +80,7 @@ class Child:
 
     def _ended(self) -> None:
         self._is_over()
-        self.exited.set()
+        self.ended(self.exit_code)
         self.release()
 
     def _is_over(self) -> bool:

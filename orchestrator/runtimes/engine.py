@@ -12,58 +12,36 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from orchestrator.errors import SetupFailed
 from orchestrator.runtimes import containers
+from orchestrator.runtimes import output as outputs
 from orchestrator.runtimes.chosen import Chosen, missing, unless_hidden
 from orchestrator.runtimes.containers import EngineOptions, Marks, Seen
 from orchestrator.runtimes.driver import Absence, Handle, Launch, Listener, StartFailed, Unreachable
+from orchestrator.runtimes.ending import Ending
 from orchestrator.runtimes.engine_api import OLDEST_API, EngineApi, Event, Refused, version_key
 from orchestrator.runtimes.pins import Pins
+from orchestrator.runtimes.reach import Reach
 from orchestrator.runtimes.records import BLANK, SHORT_ID, Record
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 2.0
 """Interval of full looks at what runs [s]."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
-"""Between two tries to reach an engine that does not answer [s]."""
 STARTS_AT_ONCE = 4
 SWEEP_POLL_S = 0.1
-KEPT_LINES = 200
-"""Lines of a container's output that are kept in its log file when it has ended."""
-TOLD_LINES = 20
-"""Lines of it that are told in our own log when it ended unasked."""
-
-T = TypeVar("T")
 
 
-class Container:
+class Container(Ending):
     """A live container and the event of its end; see `driver.Handle`."""
 
     def __init__(self, container: str, replica: str, url: str, signal: Callable[[Container, str], Awaitable[None]]) -> None:
+        super().__init__()
         self.id = container
         self.replica = replica
         self.url = url
-        self.exited = asyncio.Event()
-        self.exit_code: int | None = None
         self._signal = signal
-
-    def ended(self, exit_code: int | None) -> None:
-        """It has ended; said again, this changes nothing."""
-        if not self.exited.is_set():
-            self.exit_code = exit_code
-            self.exited.set()
-
-    async def wait(self, limit_s: float) -> bool:
-        """Whether it ended within the limit."""
-        try:
-            async with asyncio.timeout(limit_s):
-                await self.exited.wait()
-        except TimeoutError:
-            return False
-        return True
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, then SIGKILL for one that has not ended after the grace time."""
@@ -85,18 +63,18 @@ class Engine:
         self._api = EngineApi(options.url)
         self._images = Chosen(options, pins, self._api)
         self._label = f"{containers.SCOPE}={options.scope}"
-        self._listener: Listener | None = None
         self._containers: dict[str, Container] = {}
         """By id; from their creation until nothing remains of them."""
         self._creating: set[str] = set()
         """Names of containers that we have asked for and know no id of yet."""
         self._starts = asyncio.Semaphore(STARTS_AT_ONCE)
         self._watching: asyncio.Task[None] | None = None
-        self._wake = asyncio.Event()
-        self._answers = asyncio.Event()
-        self._answers.set()
-        self._pause_s = FIRST_PAUSE_S
-        self.problem: str | None = None
+        self._reach = Reach(f"the engine at {self._api.url}", self._api.connect)
+
+    @property
+    def problem(self) -> str | None:
+        """See `Driver`."""
+        return self._reach.problem
 
     def specification(self, launch: Launch) -> str:
         """See `Driver`: the id of the image and everything in the container's description that replicas share."""
@@ -106,7 +84,7 @@ class Engine:
 
     async def open(self, listener: Listener) -> None:
         """See `Driver`."""
-        self._listener = listener
+        self._reach.listener = listener
         try:
             with _setting_up():
                 await self._check()
@@ -125,7 +103,7 @@ class Engine:
                 else:
                     await self._remove_leftover(seen)
             found = await asyncio.gather(*(self._take_up(seen, marks) for seen, marks in running))
-        self._watching = asyncio.create_task(self._watch())
+        self._watching = asyncio.create_task(self._reach.watch(self._follow))
         return found
 
     async def close(self) -> None:
@@ -147,12 +125,12 @@ class Engine:
     async def refresh(self) -> None:
         """See `Driver`: use what the names of the images stand for now."""
         await self._images.refresh()
-        self._changed()
+        self._reach.changed()
 
     def revert(self) -> None:
         """See `Driver`: back to the images before."""
         self._images.revert()
-        self._changed()
+        self._reach.changed()
 
     def keep(self) -> None:
         """See `Driver`."""
@@ -193,12 +171,14 @@ class Engine:
         self._creating.add(name)
         try:
             async with self._starts:
-                begin_log(output)
+                outputs.begin(output)
                 image = self._images.image(launch)
                 if image is None:
                     raise StartFailed(missing(self._options.image_for(launch)))
                 record = record.model_copy(update={"specification": self.specification(launch)})
-                container = await self._asked(self._api.create(name, containers.body(self._options, record, launch, image)))
+                container = await self._reach.asked(
+                    self._api.create(name, containers.body(self._options, record, launch, image))
+                )
                 handle = self._register(container, record.id, "")
                 handle.url = await self._run(handle)
         except (Refused, OSError) as error:
@@ -210,8 +190,8 @@ class Engine:
     async def _run(self, handle: Container) -> str:
         """Start a container that was created; returns its address. One that cannot be started is removed."""
         try:
-            await self._asked(self._api.start(handle.id))
-            document = await self._asked(self._api.inspect(handle.id))
+            await self._reach.asked(self._api.start(handle.id))
+            document = await self._reach.asked(self._api.inspect(handle.id))
         except BaseException:
             # Where this fails too, the next full look finds a container that nobody knows.
             self._containers.pop(handle.id)
@@ -227,11 +207,11 @@ class Engine:
         """See `Driver`: keep the end of its output, and remove the container."""
         for handle in [handle for handle in self._containers.values() if handle.replica == replica]:
             try:
-                text = await self._asked(self._api.last_lines(handle.id, KEPT_LINES))
-                keep_log(output, text)
+                text = await self._reach.asked(self._api.last_lines(handle.id, outputs.KEPT_LINES))
+                outputs.keep(output, text)
                 if unasked:
                     await self._tell(handle, text)
-                await self._asked(self._api.remove(handle.id))
+                await self._reach.asked(self._api.remove(handle.id))
             except (Refused, Unreachable):
                 # It is gone already, or the next full look finds a container that nobody knows.
                 continue
@@ -239,9 +219,8 @@ class Engine:
                 self._containers.pop(handle.id, None)
 
     async def _tell(self, handle: Container, text: str) -> None:
-        for line in text.splitlines()[-TOLD_LINES:]:
-            log.warning("%s | %s", handle.replica, line)
-        document = await self._asked(self._api.inspect(handle.id))
+        outputs.tell(handle.replica, text)
+        document = await self._reach.asked(self._api.inspect(handle.id))
         if document["State"].get("OOMKilled"):
             limit = document["HostConfig"]["Memory"] // 2**20
             log.warning("%s ran out of its %d MiB of memory; give its service more in the testbed file", handle.replica, limit)
@@ -250,13 +229,13 @@ class Engine:
         """Send a signal as soon as the engine answers; a container that is gone already is fine."""
         while not handle.exited.is_set():
             try:
-                await self._asked(self._api.kill(handle.id, signal))
+                await self._reach.asked(self._api.kill(handle.id, signal))
             except Refused as refused:
                 if refused.status not in (404, 409):  # gone, or not running: the event of its end is on its way
                     log.warning("%s: %s was refused: %s", handle.replica, signal, refused)
                 return
             except Unreachable:
-                await self._answers.wait()
+                await self._reach.answers.wait()
             else:
                 return
 
@@ -267,19 +246,6 @@ class Engine:
 
     # --- watching -----------------------------------------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
-        """Until cancelled: listen to events, look at everything now and then, and come back after a break."""
-        while True:
-            try:
-                await self._api.connect()
-                await self._follow()
-            except Unreachable as error:
-                self._lost(str(error))
-            except Refused as refused:
-                self._lost(f"the engine at {self._api.url} refuses to be watched: {refused}")
-            await asyncio.sleep(self._pause_s)
-            self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)
-
     async def _follow(self) -> None:
         """Watch through one stream of events.
 
@@ -287,18 +253,18 @@ class Engine:
             Unreachable: it broke, or the engine does not answer.
         """
         # The stream first: what happens between the two is then an event, and what happened before is in the list.
-        stream = await self._api.events({"label": [self._label], "type": ["container"]}, self._hear, self._wake.set)
+        stream = await self._api.events({"label": [self._label], "type": ["container"]}, self._hear, self._reach.wake.set)
         try:
             while not stream.ended:
                 await self._look()
-                await self._found_again()
-                self._wake.clear()
+                self._reach.found()
+                self._reach.wake.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(LOOK_S):
-                        await self._wake.wait()
+                        await self._reach.wake.wait()
         finally:
             await stream.close()
-        raise Unreachable(f"the engine at {self._api.url} ended its stream of events")
+        raise Unreachable(f"{self._reach.who} ended its stream of events")
 
     def _hear(self, event: Event) -> None:
         actor = event.get("Actor") or {}
@@ -325,8 +291,8 @@ class Engine:
             handle.ended((await self._api.inspect(handle.id))["State"]["ExitCode"])
         elif seen.url and handle.url and seen.url != handle.url:
             handle.url = seen.url
-            if self._listener is not None:
-                self._listener.moved(handle.replica, seen.url)
+            if self._reach.listener is not None:
+                self._reach.listener.moved(handle.replica, seen.url)
 
     async def _remove_leftover(self, seen: Seen) -> None:
         log.warning("container %s (%s, %s) is left over; removed", seen.name, seen.id[:SHORT_ID], seen.state)
@@ -335,36 +301,6 @@ class Engine:
 
     async def _list(self) -> list[Seen]:
         return [containers.listed(entry, self._options.network) for entry in await self._api.containers(self._label)]
-
-    # --- an engine that is away ---------------------------------------------------------------------------------------------
-
-    async def _asked(self, answer: Awaitable[T]) -> T:
-        """The answer; where there is none, everybody is told."""
-        try:
-            return await answer
-        except Unreachable as error:
-            self._lost(str(error))
-            raise
-
-    def _lost(self, problem: str) -> None:
-        self._wake.set()
-        self._answers.clear()
-        before, self.problem = self.problem, problem
-        if before is None:
-            log.warning("%s; until it answers again, every replica is left as it is", problem)
-            self._changed()
-
-    async def _found_again(self) -> None:
-        self._pause_s = FIRST_PAUSE_S
-        if self.problem is not None:
-            self.problem = None
-            self._answers.set()
-            log.warning("the engine at %s answers again", self._api.url)
-            self._changed()
-
-    def _changed(self) -> None:
-        if self._listener is not None:
-            self._listener.changed()
 
 
 async def sweep(scope: str, grace_s: float) -> int:
@@ -408,19 +344,3 @@ def _setting_up() -> Iterator[None]:
         raise SetupFailed(f"{error}; start Docker, name another engine by DOCKER_HOST, or use the processes runtime") from None
     except Refused as refused:
         raise SetupFailed(f"the engine refuses what is needed of it: {refused}") from None
-
-
-def begin_log(path: Path) -> None:
-    """Leave a file for every replica that ever was, so that its name is not used again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-
-
-def keep_log(path: Path, text: str) -> None:
-    """Append to the log file of a replica what its container wrote."""
-    try:
-        begin_log(path)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        log.warning("%s could not be written: %s", path, error)

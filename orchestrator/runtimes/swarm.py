@@ -19,18 +19,20 @@ import ipaddress
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import psutil
 
 from orchestrator.errors import SetupFailed
 from orchestrator.runtimes import containers, tasks
+from orchestrator.runtimes import output as outputs
 from orchestrator.runtimes.chosen import Chosen, Images, missing
 from orchestrator.runtimes.containers import EngineOptions
 from orchestrator.runtimes.driver import Absence, Handle, Launch, Listener, StartFailed, Unreachable
-from orchestrator.runtimes.engine import begin_log, keep_log
+from orchestrator.runtimes.ending import Ending
 from orchestrator.runtimes.engine_api import OLDEST_API, Event, Refused, version_key
 from orchestrator.runtimes.pins import Pins
+from orchestrator.runtimes.reach import Reach
 from orchestrator.runtimes.records import BLANK, Record
 from orchestrator.runtimes.swarm_api import NOT_A_MANAGER, SwarmApi
 from orchestrator.runtimes.tasks import Box, Deployed, Task
@@ -41,17 +43,11 @@ LOOK_S = 2.0
 """Interval of full looks at boxes, services and tasks [s]."""
 CALM_S, BUSY_S = 0.5, 0.1
 """Interval of looks at the tasks, when none is on its way to run or to end, and when one is [s]."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
-"""Between two tries to reach a manager that does not answer [s]."""
 STARTS_AT_ONCE = 4
 PLACED_S = 25.0
 """A task runs within this time, or the start has failed [s]."""
 TOLD_S = 5.0
 """A box hears of a task to be stopped, and its end is heard of, within this time [s]."""
-KEPT_LINES, TOLD_LINES = 200, 20
-"""Lines of a task's output that are kept in its log file when it has ended, and told in our own log."""
-
-T = TypeVar("T")
 
 
 class Stream(Protocol):
@@ -104,10 +100,11 @@ class Manager(Images, Protocol):
         """Let go of everything."""
 
 
-class Kept:
+class Kept(Ending):
     """A service with its one task, and the event of the task's end; see `driver.Handle`."""
 
     def __init__(self, service: str, replica: str, stop: Callable[[Kept, float], Awaitable[None]]) -> None:
+        super().__init__()
         self.service = service
         self.replica = replica
         self.task = ""
@@ -120,29 +117,12 @@ class Kept:
         self.stopping = False
         """Whether we have told it to end, or know that somebody else has."""
         self.runs = asyncio.Event()
-        self.exited = asyncio.Event()
-        self.exit_code: int | None = None
         self._stop = stop
 
     @property
     def is_moving(self) -> bool:
         """Whether it is on its way to run, or to end."""
         return not self.exited.is_set() and (self.stopping or not self.runs.is_set())
-
-    def ended(self, exit_code: int | None) -> None:
-        """It has ended; said again, this changes nothing."""
-        if not self.exited.is_set():
-            self.exit_code = exit_code
-            self.exited.set()
-
-    async def wait(self, limit_s: float) -> bool:
-        """Whether it ended within the limit."""
-        try:
-            async with asyncio.timeout(limit_s):
-                await self.exited.wait()
-        except TimeoutError:
-            return False
-        return True
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM; SIGKILL comes from its box, after the grace time that it was started with, whatever is said here."""
@@ -160,7 +140,6 @@ class Swarm:
         self._api: Manager = SwarmApi(options.url) if manager is None else manager
         self._images = Chosen(options, pins, self._api)
         self._label = f"{containers.SCOPE}={options.scope}"
-        self._listener: Listener | None = None
         self._kept: dict[str, Kept] = {}
         """By the id of their service; from its creation until nothing remains of it."""
         self._boxes: dict[str, Box] = {}
@@ -171,12 +150,13 @@ class Swarm:
         """Names of services that we have asked for and know no id of yet."""
         self._starts = asyncio.Semaphore(STARTS_AT_ONCE)
         self._watching: asyncio.Task[None] | None = None
-        self._wake = asyncio.Event()
         self._look_at_all = True
-        self._answers = asyncio.Event()
-        self._answers.set()
-        self._pause_s = FIRST_PAUSE_S
-        self.problem: str | None = None
+        self._reach = Reach(f"the manager at {self._api.url}", self._api.connect)
+
+    @property
+    def problem(self) -> str | None:
+        """See `Driver`."""
+        return self._reach.problem
 
     def absent(self, node: str) -> Absence | None:
         """See `Driver`; a node that no box is, by label or host name, is down."""
@@ -191,7 +171,7 @@ class Swarm:
 
     async def open(self, listener: Listener) -> None:
         """See `Driver`."""
-        self._listener = listener
+        self._reach.listener = listener
         try:
             with _setting_up(self._api.url):
                 await self._check()
@@ -222,7 +202,7 @@ class Swarm:
                     found.append((record, self._register(service.id, record.id, task)))
                 else:
                     await self._remove_leftover(service)
-        self._watching = asyncio.create_task(self._watch())
+        self._watching = asyncio.create_task(self._reach.watch(self._follow))
         return found
 
     def _recognise(self, service: Deployed, task: Task) -> Record | None:
@@ -251,12 +231,12 @@ class Swarm:
     async def refresh(self) -> None:
         """See `Driver`: use what the names of the images stand for on the manager now."""
         await self._images.refresh()
-        self._changed()
+        self._reach.changed()
 
     def revert(self) -> None:
         """See `Driver`: back to the images before."""
         self._images.revert()
-        self._changed()
+        self._reach.changed()
 
     def keep(self) -> None:
         """See `Driver`."""
@@ -269,10 +249,10 @@ class Swarm:
         name = containers.name_of(self._options, record.id)
         self._creating.add(name)
         try:
-            begin_log(output)
+            outputs.begin(output)
             record = record.model_copy(update={"specification": self.specification(launch)})
             async with self._starts:
-                service = await self._asked(self._api.create_service(self._body(record, launch)))
+                service = await self._reach.asked(self._api.create_service(self._body(record, launch)))
             kept = self._register(service, record.id)
         except (Refused, OSError) as error:
             raise StartFailed(str(error)) from None
@@ -292,7 +272,7 @@ class Swarm:
 
     async def _until_it_runs(self, kept: Kept) -> None:
         """Wait for the task of a service that was created. One that does not run is removed."""
-        self._wake.set()
+        self._reach.wake.set()
         runs, exited = asyncio.create_task(kept.runs.wait()), asyncio.create_task(kept.exited.wait())
         try:
             await asyncio.wait({runs, exited}, timeout=PLACED_S, return_when=asyncio.FIRST_COMPLETED)
@@ -314,11 +294,10 @@ class Swarm:
                 if unasked:
                     log.warning("%s: its task ended: %s", replica, kept.state)
                 if unasked and not self._is_away(kept.box):
-                    text = await self._asked(self._api.last_lines(kept.service, KEPT_LINES))
-                    keep_log(output, text)
-                    for line in text.splitlines()[-TOLD_LINES:]:
-                        log.warning("%s | %s", replica, line)
-                await self._asked(self._api.remove_service(kept.service))
+                    text = await self._reach.asked(self._api.last_lines(kept.service, outputs.KEPT_LINES))
+                    outputs.keep(output, text)
+                    outputs.tell(replica, text)
+                await self._reach.asked(self._api.remove_service(kept.service))
             except (Refused, Unreachable):
                 # It is gone already, or the next full look finds a service that nobody knows.
                 continue
@@ -330,14 +309,14 @@ class Swarm:
         kept.stopping = True
         while not kept.exited.is_set():
             try:
-                await self._asked(self._api.scale_service(kept.service, 0))
+                await self._reach.asked(self._api.scale_service(kept.service, 0))
             except Refused as refused:
                 if refused.status != 404:
                     log.warning("%s: it could not be scaled to none: %s", kept.replica, refused)
             except Unreachable:
-                await self._answers.wait()
+                await self._reach.answers.wait()
                 continue
-            self._wake.set()
+            self._reach.wake.set()
             await kept.wait(grace_s + TOLD_S)
             return
 
@@ -349,26 +328,13 @@ class Swarm:
 
     # --- watching -----------------------------------------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
-        """Until cancelled: listen to events, look at tasks, and come back after a break."""
-        while True:
-            try:
-                await self._api.connect()
-                await self._follow()
-            except Unreachable as error:
-                self._lost(str(error))
-            except Refused as refused:
-                self._lost(f"the manager at {self._api.url} refuses to be watched: {refused}")
-            await asyncio.sleep(self._pause_s)
-            self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)
-
     async def _follow(self) -> None:
         """Watch through one stream of events.
 
         Raises:
             Unreachable: it broke, or the manager does not answer.
         """
-        stream = await self._api.events({"type": ["node", "service"]}, self._hear, self._wake.set)
+        stream = await self._api.events({"type": ["node", "service"]}, self._hear, self._reach.wake.set)
         loop, self._look_at_all = asyncio.get_running_loop(), True
         next_full = loop.time()
         try:
@@ -379,20 +345,20 @@ class Swarm:
                     await self._look_at_boxes()
                     await self._look_for_leftovers()
                 await self._look()
-                await self._found_again()
+                self._reach.found()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(BUSY_S if any(k.is_moving for k in self._kept.values()) else CALM_S):
-                        await self._wake.wait()
-                self._wake.clear()
+                        await self._reach.wake.wait()
+                self._reach.wake.clear()
         finally:
             await stream.close()
-        raise Unreachable(f"the manager at {self._api.url} ended its stream of events")
+        raise Unreachable(f"{self._reach.who} ended its stream of events")
 
     def _hear(self, event: Event) -> None:
         # Of services we know what we do ourselves; of boxes the event does not say all.
         if event.get("Type") == "node" or event.get("Action") == "remove":
             self._look_at_all = True
-            self._wake.set()
+            self._reach.wake.set()
 
     async def _look_at_boxes(self) -> None:
         boxes = [tasks.box(entry) for entry in await self._api.boxes()]
@@ -406,7 +372,7 @@ class Swarm:
             if was != now and before:
                 log.warning("box %s: %s", node, {None: "is there", "down": "is down", "leaving": "is to be emptied"}[now])
         if before and before != self._nodes:
-            self._changed()
+            self._reach.changed()
 
     async def _look(self) -> None:
         """Bring every replica up to date with its task."""
@@ -433,12 +399,12 @@ class Swarm:
         if task.runs and task.url:
             moved, kept.url = bool(kept.url) and task.url != kept.url, task.url
             kept.runs.set()
-            if moved and self._listener is not None:
-                self._listener.moved(kept.replica, kept.url)
+            if moved and self._reach.listener is not None:
+                self._reach.listener.moved(kept.replica, kept.url)
         if task.told_to_end and not kept.stopping:
             kept.stopping = True
-            if self._listener is not None:
-                self._listener.ending(kept.replica)
+            if self._reach.listener is not None:
+                self._reach.listener.ending(kept.replica)
         if task.over:
             kept.ended(task.exit_code)
 
@@ -465,36 +431,6 @@ class Swarm:
 
     async def _tasks(self) -> list[Task]:
         return [tasks.task(entry, self._options.network) for entry in await self._api.tasks(self._label)]
-
-    # --- a manager that is away ---------------------------------------------------------------------------------------------
-
-    async def _asked(self, answer: Awaitable[T]) -> T:
-        """The answer; where there is none, everybody is told."""
-        try:
-            return await answer
-        except Unreachable as error:
-            self._lost(str(error))
-            raise
-
-    def _lost(self, problem: str) -> None:
-        self._wake.set()
-        self._answers.clear()
-        before, self.problem = self.problem, problem
-        if before is None:
-            log.warning("%s; until it answers again, every replica is left as it is", problem)
-            self._changed()
-
-    async def _found_again(self) -> None:
-        self._pause_s = FIRST_PAUSE_S
-        if self.problem is not None:
-            self.problem = None
-            self._answers.set()
-            log.warning("the manager at %s answers again", self._api.url)
-            self._changed()
-
-    def _changed(self) -> None:
-        if self._listener is not None:
-            self._listener.changed()
 
 
 def check_network(name: str, document: Mapping[str, Any] | None, own: Iterable[str]) -> None:
