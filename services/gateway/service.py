@@ -31,6 +31,7 @@ from services.dataplane.streams import Pace
 from services.dataplane.wire import Limits, Message, Tensor
 from services.forward import Forwarder, passed_on
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.recognition import TOKENS_MADE
 from services.gateway.subscription import Subscription
 from services.gateway.table import Plan, Table
 from services.gateway.walk import Hops, Walker
@@ -46,8 +47,6 @@ Enough = Callable[[Mapping[str, Tensor]], bool]
 """Told of the outputs of a task as far as they have come: whether that is all that is wanted."""
 
 REQUEST_ID = "x-request-id"
-TOKENS_MADE = "output_count"
-"""Output of a pipeline that makes tokens: how many, for each item."""
 VERSION = "1"
 LONGEST_DEADLINE_S = 60.0
 HOPS_WANTED = "hops"
@@ -164,12 +163,8 @@ class GatewayService:
         tokens: Tensor | None = None
         self.in_flight += 1
         try:
-            if self.in_flight > self._max_in_flight:
-                raise QueueFull(f"the gateway holds {self._max_in_flight} tasks already", retry_after_s=1.0)
-            table = self.table
-            self._walker.admit(table, plan, until)
-            if plan.optional:
-                tensors = _filled(plan, tensors)
+            table = self._admitted(plan, until)
+            tensors = _filled(plan, tensors)
             if enough is None:
                 bag, hops = await self._walker.run(table, plan, tensors, until, trace)
             else:
@@ -232,10 +227,7 @@ class GatewayService:
         tokens: Tensor | None = None
         self.in_flight += 1
         try:
-            if self.in_flight > self._max_in_flight:
-                raise QueueFull(f"the gateway holds {self._max_in_flight} tasks already", retry_after_s=1.0)
-            table = self.table
-            self._walker.admit(table, plan, until)
+            table = self._admitted(plan, until)
             async with aclosing(self._walker.stream(table, plan, _filled(plan, tensors), until, pace, trace)) as states:
                 async for bag, hops in states:
                     now = time.monotonic()
@@ -265,6 +257,14 @@ class GatewayService:
         finally:
             self._count(plan, until, outcome, first or time.monotonic(), tokens)
 
+    def _admitted(self, plan: Plan, until: Deadline) -> Table:
+        """The routes to walk a task by, which counts as in flight already; raises where it is not let in."""
+        if self.in_flight > self._max_in_flight:
+            raise QueueFull(f"the gateway holds {self._max_in_flight} tasks already", retry_after_s=1.0)
+        table = self.table
+        self._walker.admit(table, plan, until)
+        return table
+
     def _failed(self, error: TaskError, until: Deadline, *, begun: bool = False) -> str | None:
         """The outcome of a task that failed, whose error is told what is known of it.
 
@@ -277,7 +277,7 @@ class GatewayService:
         error.elapsed_s = time.monotonic() - until.arrived
         return outcome
 
-    def _count(self, plan: Plan, until: Deadline, outcome: str | None, met: float, tokens: Tensor | None = None) -> None:
+    def _count(self, plan: Plan, until: Deadline, outcome: str | None, met: float, tokens: Tensor | None) -> None:
         """A task has ended; `met` is when it met its deadline, or did not [s, monotonic]."""
         self.in_flight -= 1
         if outcome is not None:
