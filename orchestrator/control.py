@@ -209,9 +209,8 @@ class Orchestrator:
         """What is wanted, on the nodes of a plan: where its policy begins. None where there is no room for all of it."""
         core = {name: target for name, target in plan.targets().items() if self._services[name].tier == "core"}
         wanted = {**self._wanted(), **{name: target for name, target in core.items() if name not in self._orders.targets}}
-        placed = self._placed()
         try:
-            return plan.place(wanted, placed.without(plan.absent) if placed is not None else None)
+            return plan.place(wanted, self._placed())
         except Infeasible as error:
             log.warning("nodes: not all that is wanted fits on those that are left: %s", error)
             return None
@@ -307,8 +306,7 @@ class Orchestrator:
         log.info("update: %s %s", rollout.progress.state, rollout.progress.reason)
 
     async def _settled_plan(self, plan: Plan) -> Plan:
-        placed = self._placed()
-        return await survey.settled(plan, placed.without(plan.absent) if placed is not None else None)
+        return await survey.settled(plan, self._placed())
 
     def _take(self, plan: Plan, begin: Placement | None = None) -> None:
         """Put a plan into force; `begin` is what its policy begins with, where that is not what runs."""
@@ -334,9 +332,7 @@ class Orchestrator:
         absent = self._presence.absent | self._emptied | {node}
         if self._testbed.nodes.keys() <= absent:
             raise UsageError(f"{node} is the last node there is, so nothing could go elsewhere")
-        plan = replace(self._plan, absent=absent)
-        placed = self._placed()
-        plan.place({**self._wanted(), **self._orders.targets}, placed.without(absent) if placed is not None else None)
+        replace(self._plan, absent=absent).place({**self._wanted(), **self._orders.targets}, self._placed())
         self._orders.drain(node)
         log.info("order: empty %s", node)
         self._look_at_nodes()

@@ -131,7 +131,7 @@ class Plan:
         return self.testbed.flows() | {pair for step in steps for pair in itertools.pairwise(step.services)}
 
     def place(self, targets: Mapping[str, core.Target], keep: core.Placement | None) -> core.Placement:
-        """Nodes for these targets.
+        """Nodes for these targets; what is kept stays where it is, but on nodes that are absent.
 
         Raises:
             Infeasible: they do not fit.
@@ -139,7 +139,7 @@ class Plan:
         testbed = self.testbed
         return greedy.place(
             tuple(self.services().values()), self.present(), targets,
-            flows=self.flows(), latencies_s=testbed.latencies_s(), keep=keep,
+            flows=self.flows(), latencies_s=testbed.latencies_s(), keep=keep.without(self.absent) if keep is not None else None,
         )  # fmt: skip
 
 

@@ -191,12 +191,12 @@ async def settled(made: plans.Plan, current: Placement | None = None) -> plans.P
 
     Args:
         made: the testbed with its models.
-        current: what runs; moves are charged for.
+        current: what runs; moves are charged for, but from nodes that are absent.
     """
     if made.testbed.control.policy.name == MANUAL or "core" not in made.wiring.tiers.values():
         return made
     try:
-        found = await core_placement(survey(made), current)
+        found = await core_placement(survey(made), current.without(made.absent) if current is not None else None)
     except Infeasible as error:
         log.warning("core services: as many as the testbed says, placed greedily, since its workload does not fit: %s", error)
         return made
