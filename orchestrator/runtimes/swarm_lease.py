@@ -6,7 +6,6 @@ made from, and is refused where another one came in between. A config runs nowhe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from orchestrator.lease import Claim
 from orchestrator.runtimes.driver import Unreachable
 from orchestrator.runtimes.engine_api import Refused
+from orchestrator.runtimes.swarm_api import OUT_OF_SEQUENCE
 
 LABEL = "espalier.lease"
 
@@ -57,7 +57,7 @@ class SwarmStore:
                 await self._api.label_config(self._name, int(found["Version"]["Index"]), labels)
         except Refused as refused:
             # Somebody else was first: the name is taken, or the version has passed.
-            if refused.status == 409 or "out of sequence" in str(refused):
+            if refused.status == 409 or OUT_OF_SEQUENCE in str(refused):
                 return False
             raise OSError(str(refused)) from None
         except Unreachable as error:
@@ -74,6 +74,6 @@ class SwarmStore:
 def _claim(config: Mapping[str, Any] | None) -> Claim | None:
     label = ((config or {}).get("Spec", {}).get("Labels") or {}).get(LABEL)
     try:
-        return None if label is None else Claim.model_validate(json.loads(label))
-    except (ValueError, ValidationError):
+        return None if label is None else Claim.model_validate_json(label)
+    except ValidationError:
         return None
