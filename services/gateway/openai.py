@@ -114,14 +114,14 @@ def document(body: bytes) -> dict[str, Any]:
     return found
 
 
-def parse(kind: type[M], fields: Mapping[str, Any]) -> M:
-    """A request, out of its fields.
+def parse(kind: type[M], fields: Mapping[str, Any], *, strict: bool | None = None) -> M:
+    """A request, out of its fields; not `strict` reads numbers out of texts too, and None leaves that to the kind.
 
     Raises:
         BadRequest: a field is missing, wrong or unknown; the message names it.
     """
     try:
-        return kind.model_validate(fields)
+        return kind.model_validate(fields, strict=strict)
     except ValidationError as error:
         # Of a field that takes this or that there is one for each: the one that got furthest in says most.
         worst = max(error.errors(), key=lambda each: len(each["loc"]))

@@ -10,19 +10,18 @@ from contextlib import aclosing
 from typing import Any
 
 import orjson
-from pydantic import ValidationError
 
 from services.dataplane.errors import BadRequest, shown
 from services.gateway import forms
 from services.gateway.choices import Choices
-from services.gateway.openai import DONE, EVENTS, event, prompt_tokens, texts, with_errors
+from services.gateway.openai import DONE, EVENTS, event, parse, prompt_tokens, refuse, texts, with_errors
 from services.gateway.recognition import AUDIO, transcribes
 from services.gateway.sampling import Sampling
 from services.gateway.service import Answered, GatewayService, Trace, server_timing
 from services.hotpath import JSON, Answer, Request, Stream
 
 _PLAIN = (b"content-type", b"text/plain; charset=utf-8")
-_REFUSED = ("language", "prompt", "chunking_strategy", "include[]", "timestamp_granularities[]")
+_REFUSED = dict.fromkeys(("language", "prompt", "chunking_strategy", "include[]", "timestamp_granularities[]"), ("",))
 _FIELDS = ("file", "model", "response_format", "temperature", "stream", "seed", *_REFUSED)
 
 
@@ -86,9 +85,7 @@ def _fields(form: Mapping[str, bytes]) -> dict[str, str]:
     if "file" not in form or "model" not in form:
         raise BadRequest("the form must have the fields file and model")
     fields = {name: value.decode(errors="replace") for name, value in form.items() if name != "file"}
-    for name in _REFUSED:
-        if fields.get(name):
-            raise BadRequest(f"{name}: {shown(fields[name])} is not supported; leave it out")
+    refuse(fields, _REFUSED)
     if fields.get("response_format", "json") not in ("json", "text"):
         raise BadRequest(f"response_format: {shown(fields['response_format'])} is not supported; json and text are")
     if fields.get("stream", "false") not in ("true", "false"):
@@ -97,12 +94,7 @@ def _fields(form: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def _sampling(fields: Mapping[str, str]) -> Sampling:
-    said: dict[str, Any] = {name: fields[name] for name in ("temperature", "seed") if fields.get(name)}
-    try:
-        return Sampling.model_validate(said, strict=False)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BadRequest(f"{first['loc'][0]}: {first['msg']}") from None
+    return parse(Sampling, {name: fields[name] for name in ("temperature", "seed") if fields.get(name)}, strict=False)
 
 
 def _usage(choices: Choices, answered: Answered) -> dict[str, Any]:
