@@ -152,9 +152,7 @@ def refuse(document: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) 
 
 def texts(name: str, values: Sequence[bytes]) -> Tensor:
     """A tensor of one element an item."""
-    array = np.empty(len(values), dtype=object)
-    array[:] = list(values)
-    return Tensor(name, "BYTES", array)
+    return Tensor(name, "BYTES", np.array(values, dtype=object))
 
 
 def prompt_tokens(outputs: Mapping[str, Tensor]) -> int:

@@ -57,16 +57,14 @@ class Chat:
         if size > MAX_BYTES_TOGETHER:
             raise TooLarge(f"the messages have {size} bytes together; the limit is {MAX_BYTES_TOGETHER}: send fewer at once")
         texts = [self._render(index, raw) for index, raw in enumerate(inputs["messages"])]
-        text = np.empty(len(texts), dtype=object)
-        text[:] = [each.encode() for each in texts]
+        text = np.array([each.encode() for each in texts], dtype=object)
         add = [self._rule == "unless_bos" and not self._template.begins(each) for each in texts]
         return {"text": text, "add_special_tokens": np.array(add, dtype=np.int64)}
 
     def example(self, items: int) -> dict[str, Array]:
         """One short question each."""
-        messages = np.empty(items, dtype=object)
-        messages[:] = orjson.dumps([{"role": "user", "content": "What is an espalier?"}])
-        return {"messages": messages}
+        messages = orjson.dumps([{"role": "user", "content": "What is an espalier?"}])
+        return {"messages": np.array([messages] * items, dtype=object)}
 
     def describe(self) -> dict[str, Any]:
         """What the template takes as content."""

@@ -36,9 +36,8 @@ class Detokenise:
         rows, counts = inputs["output_ids"], inputs["output_count"]
         if counts.min() < 0 or counts.max() > rows.shape[1]:
             raise BadRequest(f"output_count must be between 0 and {rows.shape[1]}, the length of a row of output_ids")
-        text = np.empty(len(rows), dtype=object)
-        text[:] = [self._decode(row[:count].tolist()).encode() for row, count in zip(rows, counts, strict=True)]
-        return {"text": text}
+        texts = [self._decode(row[:count].tolist()).encode() for row, count in zip(rows, counts, strict=True)]
+        return {"text": np.array(texts, dtype=object)}
 
     def _decode(self, ids: Sequence[int]) -> str:
         if ids and not 0 <= min(ids) <= max(ids) <= _LARGEST_ID:

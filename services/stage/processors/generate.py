@@ -299,8 +299,7 @@ class Generate:
         ids = np.full((len(tokens), int(count.max())), self._pad, dtype=np.int64)
         for i, row in enumerate(tokens):
             ids[i, : len(row)] = row
-        reasons = np.empty(len(finish), dtype=object)
-        reasons[:] = [reason.encode() for reason in finish]
+        reasons = np.array([reason.encode() for reason in finish], dtype=object)
         made = {"output_ids": ids, "output_count": count, "finish_reason": reasons}
         return {tensor.name: made[tensor.name] for tensor in self.spec.outputs}
 

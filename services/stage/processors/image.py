@@ -91,9 +91,7 @@ class Preprocess:
         noise = np.random.default_rng(0).integers(0, 256, (EXAMPLE[1] // 8, EXAMPLE[0] // 8, 3), np.uint8)
         encoded = io.BytesIO()
         Image.fromarray(noise).resize(EXAMPLE).save(encoded, "JPEG")
-        images = np.empty(items, dtype=object)
-        images[:] = encoded.getvalue()
-        return {"image": images}
+        return {"image": np.array([encoded.getvalue()] * items, dtype=object)}
 
     def describe(self) -> dict[str, Any]:
         """Formats taken, and the largest image."""

@@ -37,8 +37,7 @@ class Label:
 
     def __init__(self, dense: Dense, names: Sequence[str], problem: str) -> None:
         self._dense = dense
-        self._names = np.empty(len(names), dtype=object)
-        self._names[:] = [name.encode() for name in names]
+        self._names = np.array([name.encode() for name in names], dtype=object)
         self._problem = problem
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -84,9 +84,7 @@ class LogMel:
         noise = np.random.default_rng(0).standard_normal(self._window.samples) / 8
         encoded = io.BytesIO()
         soundfile.write(encoded, noise, self._window.rate_hz, format="WAV", subtype="PCM_16")
-        audio = np.empty(items, dtype=object)
-        audio[:] = encoded.getvalue()
-        return {"audio": audio}
+        return {"audio": np.array([encoded.getvalue()] * items, dtype=object)}
 
     def describe(self) -> dict[str, Any]:
         """Formats taken, the window [s], and what happens to longer sound."""
