@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from models.manifest import Manifest, Precision, check_files
+from models.checkpoint import Checkpoint
+from models.errors import CheckpointError
+from models.manifest import Manifest, Precision, StageSpec, check_files
 from models.session import Array, Session
 
 
@@ -46,3 +48,18 @@ class Core:
             given = dict(zip([tensor.name for tensor in stage.outputs], outputs, strict=True))
             tensors |= given
         return given
+
+
+def weights(stage: StageSpec, directory: Path) -> dict[str, Array]:
+    """The arrays of a light stage whose one file holds several."""
+    with np.load(check_files(stage, "float32", directory)[0], allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def refuse_other_width(checkpoint: Checkpoint, manifest: Manifest, width: int, exported: object) -> None:
+    """Raise CheckpointError where the checkpoint's hidden states are not as wide as those exported."""
+    if width != exported:
+        raise CheckpointError(
+            f"{checkpoint.source} has hidden states of width {width}, the export of {manifest.source} has {exported}: name the "
+            "checkpoint that was exported"
+        )

@@ -16,9 +16,9 @@ import numpy as np
 from models.checkpoint import Checkpoint, load_model, load_tokenizer
 from models.directory import Report
 from models.errors import CheckpointError
-from models.manifest import Manifest, Precision, StageSpec, check_files
-from models.verification.chain import Core, Tokenise
-from models.verification.figures import Figure, angle, apart, counted, worst
+from models.manifest import Manifest, Precision, StageSpec
+from models.verification.chain import Core, Tokenise, weights
+from models.verification.figures import Figure, apart, apart_at, counted, measure, worst
 from models.verification.texts import batches
 
 if TYPE_CHECKING:
@@ -85,25 +85,25 @@ def _pictures(
     chain: _Chain, precision: Precision, tolerance: float, pictures: Sequence[Array], seen: Sequence[_Seen]
 ) -> list[Figure]:
     labels = chain.text_head(*chain.states(LABELS))
+    distance, called = measure(precision)
     hidden, embedding, scores = [], [], []
     for batch, want in zip(pictures, seen, strict=True):
         states = chain.vision(pixel_values=batch)["last_hidden_state"]
         got = chain.image_head(states)
         hidden += list(apart(states, want.hidden))
-        embedding += list(apart(got, want.embedding) if precision == "float32" else angle(got, want.embedding))
+        embedding += list(distance(got, want.embedding))
         scores += list(apart(chain.match(got, labels), want.scores))
-    if precision != "float32":
-        return [worst(precision, "image embedding, 1 - cosine", embedding, tolerance)]
-    return [
-        worst(precision, "image embedding, largest difference", embedding, tolerance),
-        worst(precision, "states of vision, largest difference", hidden, tolerance),
-        worst(precision, "scores of labels, largest difference", scores, tolerance),
-    ]
+    figures = [worst(precision, f"image embedding, {called}", embedding, tolerance)]
+    if precision == "float32":
+        figures.append(worst(precision, "states of vision, largest difference", hidden, tolerance))
+        figures.append(worst(precision, "scores of labels, largest difference", scores, tolerance))
+    return figures
 
 
 def _texts(
     chain: _Chain, precision: Precision, tolerance: float, texts: Sequence[Sequence[str]], read: Sequence[_Read]
 ) -> list[Figure]:
+    distance, called = measure(precision)
     differ, hidden, embedding = [], [], []
     for batch, want in zip(texts, read, strict=True):
         ids, mask = chain.tokenise(batch)
@@ -111,16 +111,15 @@ def _texts(
         # The encoder is asked about the reference's tokens, so that a tokenizer's fault does not show as its own.
         states = chain.text(input_ids=want.ids, attention_mask=want.mask)["last_hidden_state"]
         got = chain.text_head(states, want.ids)
-        hidden += list(np.where(want.mask == 1, np.abs(states - want.hidden).max(axis=2), 0).max(axis=1))
-        embedding += list(apart(got, want.embedding) if precision == "float32" else angle(got, want.embedding))
-    tokens = counted(precision, "batches whose tokens differ", differ)
-    if precision != "float32":
-        return [tokens, worst(precision, "text embedding, 1 - cosine", embedding, tolerance)]
-    return [
-        tokens,
-        worst(precision, "text embedding, largest difference", embedding, tolerance),
-        worst(precision, "states of text, largest difference", hidden, tolerance),
+        hidden += list(apart_at(want.mask, states, want.hidden))
+        embedding += list(distance(got, want.embedding))
+    figures = [
+        counted(precision, "batches whose tokens differ", differ),
+        worst(precision, f"text embedding, {called}", embedding, tolerance),
     ]
+    if precision == "float32":
+        figures.append(worst(precision, "states of text, largest difference", hidden, tolerance))
+    return figures
 
 
 class _Chain:
@@ -160,8 +159,7 @@ class _Head:
     """A `project` stage's arithmetic after the choice of a token: norm, projection, unit length."""
 
     def __init__(self, stage: StageSpec, directory: Path) -> None:
-        with np.load(check_files(stage, "float32", directory)[0], allow_pickle=False) as arrays:
-            self._arrays = dict(arrays)
+        self._arrays = weights(stage, directory)
         self._eps = float(stage.parameters.get("layer_norm_eps", 0.0))
         self._normalise = bool(stage.parameters["normalise"])
         self.eos = stage.parameters.get("eos_id")

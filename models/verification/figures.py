@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,20 @@ def apart(a: Array, b: Array) -> Array:
     return result
 
 
+def apart_at(mask: Array, a: Array, b: Array) -> Array:
+    """As `apart`, of the positions where the mask (batch, seq) is 1 alone; shapes (batch, seq, width)."""
+    result: Array = np.where(mask == 1, np.abs(a - b).max(axis=2), 0).max(axis=1)
+    return result
+
+
 def angle(a: Array, b: Array) -> Array:
     """1 - cosine of each row with its counterpart; shapes (batch, ...), result (batch,)."""
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     result: Array = 1.0 - (a * b).sum(axis=1) / norms
     return result
+
+
+def measure(precision: Precision) -> tuple[Callable[[Array, Array], Array], str]:
+    """How far answers in this precision are from the whole model's: the measure of each row, and what it is called."""
+    return (apart, "largest difference") if precision == "float32" else (angle, "1 - cosine")

@@ -8,17 +8,17 @@ after it can still be compared.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from models.checkpoint import Checkpoint
-from models.errors import CheckpointError
 from models.manifest import GENERATE, Manifest, Precision, StageSpec, check_files
 from models.session import Array, Session
-from models.verification.figures import Figure, angle, apart, worst
+from models.verification.chain import refuse_other_width
+from models.verification.figures import Figure, counted, measure, worst
 
 NEW_TOKENS = 32
 LENGTHS = (1, 2, 5, 9, 17, 31, 40)
@@ -52,9 +52,9 @@ class Decoder:
     """The parts of `generate`, each with its cache, as a replica would run them."""
 
     def __init__(self, manifest: Manifest, directory: Path, precision: Precision) -> None:
-        self._parts = [_Part(stage, directory, precision) for stage in manifest.parts(GENERATE)]
-        first = manifest.parts(GENERATE)[0]
-        tables = {path.name: path for path in check_files(first, precision, directory)}
+        stages = manifest.parts(GENERATE)
+        self._parts = [_Part(stage, directory, precision) for stage in stages]
+        first, tables = stages[0], self._parts[0].files
         self.embedding: Array = np.load(tables[f"{first.name}-embedding.npy"], mmap_mode="r")
         positions = tables.get(f"{first.name}-positions.npy")
         self.positions: Array | None = None if positions is None else np.load(positions, mmap_mode="r")
@@ -95,9 +95,9 @@ class Decoder:
 
 class _Part:
     def __init__(self, stage: StageSpec, directory: Path, precision: Precision) -> None:
-        files = {path.name: path for path in check_files(stage, precision, directory)}
-        self._step = Session(files[f"{stage.name}.{precision}.onnx"])
-        cross = files.get(f"{stage.name}-cross.{precision}.onnx")
+        self.files = {path.name: path for path in check_files(stage, precision, directory)}
+        self._step = Session(self.files[f"{stage.name}.{precision}.onnx"])
+        cross = self.files.get(f"{stage.name}-cross.{precision}.onnx")
         self._cross = None if cross is None else Session(cross)
         self._entering = "inputs_embeds" if stage.parameters["part"] == 1 else "hidden"
         self._parameters = stage.parameters
@@ -148,29 +148,21 @@ def greedy(model: Any, new: int = NEW_TOKENS) -> Any:
 
 def check_width(checkpoint: Checkpoint, manifest: Manifest, width: int) -> None:
     """Raise CheckpointError where the checkpoint's decoder has another width than the exported one."""
-    exported = manifest.parts(GENERATE)[0].parameters["hidden"]
-    if width != exported:
-        raise CheckpointError(
-            f"{checkpoint.source} has hidden states of width {width}, the export of {manifest.source} has {exported}: name the "
-            "checkpoint that was exported"
-        )
+    refuse_other_width(checkpoint, manifest, width, manifest.parts(GENERATE)[0].parameters["hidden"])
 
 
 def compare(decoder: Decoder, precision: Precision, answers: Sequence[Answer], tolerance: float) -> list[Figure]:
     """Tokens and logits of the chain against those of the whole model; the prompt of every other batch is taken in chunks."""
-    differ, distance, direction = [], [], []
+    distance, called = measure(precision)
+    differ, apart = [], []
     for i, answer in enumerate(answers):
         logits = decoder.logits(answer, chunk=None if i % 2 == 0 else 3)
         allowed = logits.copy()
         allowed[:, :, list(decoder.parameters["suppress"])] = -np.inf
         allowed[:, 0, list(decoder.parameters["begin_suppress"])] = -np.inf
         differ += list((allowed.argmax(axis=2) != answer.tokens).ravel())
-        rows = logits.reshape(-1, logits.shape[2]), answer.logits.reshape(-1, logits.shape[2])
-        distance += list(apart(*rows))
-        direction += list(angle(*rows))
-    total = float(np.sum(differ))
-    if precision == "float32":
-        same = Figure(precision, "greedy tokens that differ", total, float(np.mean(differ)), 0.0, len(differ))
-        return [same, worst(precision, "logits, largest difference", distance, tolerance)]
-    alike = Figure(precision, "greedy tokens that differ", total, float(np.mean(differ)), ALIKE * len(differ), len(differ))
-    return [alike, worst(precision, "logits, 1 - cosine", direction, tolerance)]
+        apart += list(distance(logits.reshape(-1, logits.shape[2]), answer.logits.reshape(-1, logits.shape[2])))
+    tokens = counted(precision, "greedy tokens that differ", differ)
+    if precision != "float32":
+        tokens = replace(tokens, tolerance=ALIKE * len(differ))
+    return [tokens, worst(precision, f"logits, {called}", apart, tolerance)]

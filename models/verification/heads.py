@@ -10,8 +10,8 @@ import numpy as np
 
 from models.checkpoint import Checkpoint, load_model, load_tokenizer
 from models.directory import Report
-from models.manifest import Manifest, Precision, check_files
-from models.verification.chain import Core, Tokenise
+from models.manifest import Manifest, Precision
+from models.verification.chain import Core, Tokenise, weights
 from models.verification.figures import Figure, apart, counted, worst
 from models.verification.sentence import check_width
 from models.verification.texts import batches
@@ -78,8 +78,7 @@ class _Chain:
         self._encode = Core(manifest, directory, "encode", precision)
         label = manifest.stage("label")
         self._activation = _ACTIVATIONS[label.parameters["activation"]]
-        with np.load(check_files(label, "float32", directory)[0], allow_pickle=False) as arrays:
-            self._head = dict(arrays)
+        self._head = weights(label, directory)
 
     def logits(self, ids: Array, mask: Array) -> Array:
         """Float32 [batch, classes]."""

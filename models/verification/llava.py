@@ -10,11 +10,11 @@ import numpy as np
 
 from models.checkpoint import Checkpoint, load_model, load_tokenizer
 from models.directory import Report
-from models.manifest import GENERATE, Manifest, check_files
+from models.manifest import GENERATE, Manifest
 from models.session import Array
 from models.verification import generation, texts
-from models.verification.chain import Core, Tokenise
-from models.verification.figures import Figure, angle, apart, counted, worst
+from models.verification.chain import Core, Tokenise, weights
+from models.verification.figures import Figure, counted, measure, worst
 from models.verification.llama import tokens_differ
 
 QUESTIONS = ((3,), (9,), (17,), (2, 5, 12))
@@ -48,9 +48,9 @@ def compare(
         report(f"asking the stages, {precision}")
         tolerance = manifest.tolerances[precision]
         got = [project(encoders[precision](pixel_values=each)) for each in seen]
-        measure, what = (apart, "largest difference") if precision == "float32" else (angle, "1 - cosine")
-        values = [value for mine, theirs in zip(got, true, strict=True) for value in measure(mine, theirs)]
-        figures.append(worst(precision, f"image embeddings, {what}", values, tolerance))
+        distance, called = measure(precision)
+        values = [value for mine, theirs in zip(got, true, strict=True) for value in distance(mine, theirs)]
+        figures.append(worst(precision, f"image embeddings, {called}", values, tolerance))
         figures += generation.compare(decoder, precision, answers, tolerance)
     return figures
 
@@ -61,8 +61,7 @@ class _Project:
     def __init__(self, manifest: Manifest, directory: Path) -> None:
         stage = manifest.stage("project")
         self._stage = stage
-        with np.load(check_files(stage, "float32", directory)[0], allow_pickle=False) as arrays:
-            self._weights = dict(arrays)
+        self._weights = weights(stage, directory)
 
     def __call__(self, states: dict[str, Array]) -> Array:
         hidden = states[self._stage.inputs[0].name]

@@ -13,10 +13,9 @@ import numpy as np
 from models import sentence
 from models.checkpoint import Checkpoint, load_model, load_tokenizer
 from models.directory import Report
-from models.errors import CheckpointError
 from models.manifest import Manifest, Precision
-from models.verification.chain import Core, Tokenise
-from models.verification.figures import Figure, angle, apart, counted, worst
+from models.verification.chain import Core, Tokenise, refuse_other_width
+from models.verification.figures import Figure, apart_at, counted, measure, worst
 from models.verification.texts import batches
 
 if TYPE_CHECKING:
@@ -56,17 +55,13 @@ def compare(
 
 def check_width(checkpoint: Checkpoint, manifest: Manifest, width: int) -> None:
     """Raise CheckpointError where the checkpoint's hidden states are not as wide as the export's."""
-    exported = manifest.parts("encode")[-1].outputs[0].shape[-1]
-    if width != exported:
-        raise CheckpointError(
-            f"{checkpoint.source} has hidden states of width {width}, the export of {manifest.source} has "
-            f"{exported}: name the checkpoint that was exported"
-        )
+    refuse_other_width(checkpoint, manifest, width, manifest.parts("encode")[-1].outputs[0].shape[-1])
 
 
 def _compare(
     chain: _Chain, precision: Precision, tolerance: float, texts: Sequence[Sequence[str]], expected: Sequence[_Answer]
 ) -> list[Figure]:
+    distance, called = measure(precision)
     differ, hidden, embedding = [], [], []
     for batch, want in zip(texts, expected, strict=True):
         ids, mask = chain.tokenise(batch)
@@ -74,20 +69,19 @@ def _compare(
         differ.append(not same)
         # The encoder is asked about the reference's tokens, so that a tokenizer's fault does not show as its own.
         states = chain.encode(want.ids, want.mask)
-        hidden += list(np.where(want.mask == 1, np.abs(states - want.hidden).max(axis=2), 0).max(axis=1))
+        hidden += list(apart_at(want.mask, states, want.hidden))
         if ids.shape[1] > chain.tokenise.max_tokens:  # a tokenizer gone astray; the encoder has no room for it
             embedding += [math.inf] * len(batch)
             continue
         got = chain.pool(states if same else chain.encode(ids, mask), mask)
-        embedding += list(apart(got, want.embedding) if precision == "float32" else angle(got, want.embedding))
-    tokens = counted(precision, "batches whose tokens differ", differ)
-    if precision != "float32":  # of its hidden states nothing is promised: the embedding is what it answers with
-        return [tokens, worst(precision, "embedding, 1 - cosine", embedding, tolerance)]
-    return [
-        tokens,
-        worst(precision, "embedding, largest difference", embedding, tolerance),
-        worst(precision, "hidden states, largest difference", hidden, tolerance),
+        embedding += list(distance(got, want.embedding))
+    figures = [
+        counted(precision, "batches whose tokens differ", differ),
+        worst(precision, f"embedding, {called}", embedding, tolerance),
     ]
+    if precision == "float32":  # of a coarser one's hidden states nothing is promised: the embedding is what it answers with
+        figures.append(worst(precision, "hidden states, largest difference", hidden, tolerance))
+    return figures
 
 
 class _Chain:

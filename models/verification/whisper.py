@@ -15,7 +15,7 @@ from models.manifest import GENERATE, Manifest
 from models.session import Array
 from models.verification import generation
 from models.verification.chain import Core
-from models.verification.figures import Figure, angle, apart, worst
+from models.verification.figures import Figure, measure, worst
 
 BATCHES = (1, 1, 1, 4)
 """Windows of audio in each batch."""
@@ -44,9 +44,9 @@ def compare(
         report(f"asking the stages, {precision}")
         tolerance = manifest.tolerances[precision]
         got = [encoders[precision](input_features=features)["last_hidden_state"] for features in heard]
-        measure, what = (apart, "largest difference") if precision == "float32" else (angle, "1 - cosine")
-        values = [value for mine, true in zip(got, states, strict=True) for value in measure(mine, true)]
-        figures.append(worst(precision, f"hidden states, {what}", values, tolerance))
+        distance, called = measure(precision)
+        values = [value for mine, true in zip(got, states, strict=True) for value in distance(mine, true)]
+        figures.append(worst(precision, f"hidden states, {called}", values, tolerance))
         figures += generation.compare(decoder, precision, answers, tolerance)
     return figures
 
