@@ -1,7 +1,4 @@
-"""The one door to ONNX Runtime in this folder, for verifying and measuring. Serving has its own, in `services/stage`.
-
-It imports nothing of the project but the errors, so that a process that measures memory carries little else.
-"""
+"""The one door to ONNX Runtime in this folder, for verifying. Serving and measuring have their own, in `services/stage`."""
 
 from __future__ import annotations
 
@@ -24,9 +21,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Session:
     """An ONNX file ready to run on the CPU."""
 
-    def __init__(self, path: Path, threads: int = 1) -> None:
+    def __init__(self, path: Path) -> None:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads  # left alone, the runtime counts the host's cores, not the container's quota
+        options.intra_op_num_threads = 1  # left alone, the runtime counts the host's cores, not the container's quota
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning halves the speed of a busy machine
         options.enable_cpu_mem_arena = False  # batches vary in shape; the arena would keep the largest of each
