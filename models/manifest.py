@@ -296,6 +296,10 @@ class Manifest(_Document):
                 return stage
         raise ManifestError(f"model {self.model!r} has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}")
 
+    def lengths(self, tensor: TensorSpec) -> tuple[int, ...]:
+        """Typical length of each symbolic axis of a tensor but the batch."""
+        return tuple(self.typical_length.get(axis, 1) for axis in tensor.shape if isinstance(axis, str) and axis != BATCH_AXIS)
+
     def parts(self, name: str) -> tuple[StageSpec, ...]:
         """The stage of that name, or where it was cut further its parts `NAME-1`, `NAME-2`, ... in order.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import multiprocessing
 from collections.abc import Mapping
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -158,9 +159,7 @@ def _service_s(name: str, testbed: Testbed, manifests: Mapping[str, Manifest]) -
 
 def _units_alone(manifest: Manifest, name: str) -> int:
     """Size of one task, at typical lengths."""
-    stage = manifest.stage(name)
-    shape = stage.inputs[0].shape
-    return stage.units([axis if isinstance(axis, int) else manifest.typical_length.get(axis, 1) for axis in shape])
+    return math.prod(manifest.lengths(manifest.stage(name).inputs[0]))
 
 
 def _reserve(testbed: Testbed, services: Mapping[str, Service]) -> tuple[float, float, float]:

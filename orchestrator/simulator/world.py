@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from models.manifest import BATCH_AXIS, Manifest, ServiceLaw, StageProfile, StageSpec
+from models.manifest import Manifest, ServiceLaw, StageProfile, StageSpec
 from orchestrator.core import Node, Service
 from orchestrator.costs import Prices
 from orchestrator.errors import SetupFailed
@@ -131,12 +131,11 @@ def stage(section: ServiceSection, service: Service, manifest: Manifest) -> Stag
     """
     spec = manifest.stage(section.stage)
     profile = _profile(section, service, spec)
-    axes = (axis for axis in spec.inputs[0].shape if isinstance(axis, str) and axis != BATCH_AXIS)
     return Stage(
         service=service,
         law=profile.law,
         noise=Gamma(profile.task_cv2),
-        lengths=tuple(manifest.typical_length.get(axis, 1) for axis in axes),
+        lengths=manifest.lengths(spec.inputs[0]),
         slots=max(1, int(section.cpus_at_most)),
         max_batch=spec.max_batch if section.max_batch is None else min(section.max_batch, spec.max_batch),
         queue_capacity=section.queue_capacity,

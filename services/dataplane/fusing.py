@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from models.manifest import (
-    BATCH_AXIS,
     GENERATE,
     Manifest,
     ModelFile,
@@ -222,5 +221,4 @@ def _profile(manifest: Manifest, parts: Sequence[tuple[StageSpec, StageProfile]]
 
 def _length(manifest: Manifest, tensor: TensorSpec) -> int:
     """Product of a tensor's symbolic axes but the batch, at typical lengths: units of one item."""
-    typical: Mapping[str, int] = manifest.typical_length
-    return math.prod(typical.get(axis, 1) for axis in tensor.shape if isinstance(axis, str) and axis != BATCH_AXIS)
+    return math.prod(manifest.lengths(tensor))
