@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.adapters.piece import Piece
+from models.adapters.piece import Cut, Piece
+
+
+def named(cut: Cut, name: str) -> list[Piece]:
+    """The stage of that name, or its parts in order."""
+    return [piece for piece in cut.pieces if piece.spec.name.split("-")[0] == name]
 
 
 def greedy(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,11 @@ def keep(directory: Path, *stages: str) -> None:
     manifest = load(directory)
     kept = [stage.model_copy(update={"files": {"float32": stage.files["float32"]}}) for stage in map(manifest.stage, stages)]
     save(manifest.model_copy(update={"stages": tuple(kept)}), directory)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Give entries of a JSON file other values."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from models.adapters import adapter_for
 from models.checkpoint import Checkpoint, Package, load_model, load_tokenizer, model_name, resolve
 from models.errors import CheckpointError, UnsupportedCheckpoint
 from tests.models import tiny
+from tests.models.conftest import edit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -25,10 +26,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def checkpoint(tiny_bert: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint that a test may spoil."""
     return Path(shutil.copytree(tiny_bert, tmp_path / "spoilt"))
-
-
-def _edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_the_catalogue_names_package_and_version() -> None:
@@ -56,7 +53,7 @@ def test_a_directory_is_known_by_name_and_content_never_by_path(checkpoint: Path
     assert before.name == "spoilt"
     assert before.source.startswith("spoilt@")
     assert str(checkpoint.parent) not in before.source
-    _edit(checkpoint / "config.json", layer_norm_eps=1e-5)
+    edit(checkpoint / "config.json", layer_norm_eps=1e-5)
     assert resolve(str(checkpoint)).source != before.source
 
 
@@ -104,7 +101,7 @@ def test_errors_of_the_libraries_are_translated(checkpoint: Path) -> None:
 
 
 def test_an_unsupported_architecture_is_refused_by_name_with_those_supported(checkpoint: Path) -> None:
-    _edit(checkpoint / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    edit(checkpoint / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"])
     with pytest.raises(UnsupportedCheckpoint, match=r"'gpt2' \(GPT2LMHeadModel\) is not supported; supported: bert, roberta"):
         adapter_for(resolve(str(checkpoint)))
 
@@ -114,7 +111,7 @@ def test_an_unsupported_architecture_is_refused_by_name_with_those_supported(che
     [({"position_embedding_type": "relative_key"}, "relative_key"), ({"is_decoder": True}, "is_decoder")],
 )
 def test_variants_that_would_come_out_wrong_are_refused(changes: dict[str, Any], complaint: str, checkpoint: Path) -> None:
-    _edit(checkpoint / "config.json", **changes)
+    edit(checkpoint / "config.json", **changes)
     with pytest.raises(UnsupportedCheckpoint, match=complaint):
         adapter_for(resolve(str(checkpoint)))(resolve(str(checkpoint)))
 
@@ -162,7 +159,7 @@ def test_lower_casing_outside_the_tokenizer_is_refused(checkpoint: Path) -> None
 
 def test_weights_saved_in_half_precision_count_double(checkpoint: Path) -> None:
     before = resolve(str(checkpoint)).float32_bytes
-    _edit(checkpoint / "config.json", dtype="bfloat16")
+    edit(checkpoint / "config.json", dtype="bfloat16")
     assert resolve(str(checkpoint)).float32_bytes == 2 * before
 
 

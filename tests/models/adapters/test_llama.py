@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import torch
 import transformers
 
 from models.adapters import adapter_for, llama
-from models.adapters.piece import Cut, Piece
+from models.adapters.piece import Piece
 from models.checkpoint import load_model, resolve
 from models.errors import UnsupportedCheckpoint
 from models.presets import language
 from tests.models import chained
+from tests.models.conftest import edit
 
 SMALL: dict[str, Any] = {
     "vocab_size": 512,
@@ -70,11 +70,6 @@ def build(vocabulary: Path, directory: Path, family: str, **changes: Any) -> Pat
     return directory
 
 
-def parts_of(cut: Cut) -> list[Piece]:
-    """The parts of `generate`."""
-    return [piece for piece in cut.pieces if piece.spec.processor == "generate"]
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_any_number_of_parts_says_what_the_model_says(variant: str, vocabulary: Path, tmp_path: Path) -> None:
     family, changes = VARIANTS[variant]
@@ -89,7 +84,7 @@ def test_any_number_of_parts_says_what_the_model_says(variant: str, vocabulary: 
     ]
     assert len({token for row in wanted[-1] for token in row}) >= 20  # else equality would show little
     for parts in (1, 2, 3) if variant == "llama" else (1,):  # the others differ within a layer
-        pieces = parts_of(adapter_for(checkpoint)(checkpoint, parts))
+        pieces = chained.named(adapter_for(checkpoint)(checkpoint, parts), "generate")
         assert len(pieces) == parts
         for (ids, mask), want in zip(batches, wanted, strict=True):
             embeds = chained.embed(pieces[0], ids, mask)
@@ -118,7 +113,7 @@ def test_the_stages_are_the_contract_with_the_services(vocabulary: Path, tmp_pat
         "generate": ("core", "generate", [ids, mask, *sampling], [made, count, ("finish_reason", "BYTES", ("batch",), None)]),
         "detokenise": ("light", "detokenise", [made, count], [text]),
     }
-    (generate,) = parts_of(cut)
+    (generate,) = chained.named(cut, "generate")
     assert generate.spec.parameters == {
         "layers": 3, "kv_heads": 2, "head_dim": 8, "hidden": 32, "vocabulary": 512, "eos": [3], "pad": 0, "context": 96,
         "prefix": [], "suppress": [], "begin_suppress": [], "max_tokens": 128, "part": 1, "parts": 1, "encoder": False,
@@ -139,7 +134,7 @@ def test_the_stages_are_the_contract_with_the_services(vocabulary: Path, tmp_pat
 
 def test_of_a_cut_decoder_only_hidden_states_travel(vocabulary: Path, tmp_path: Path) -> None:
     checkpoint = resolve(str(build(vocabulary, tmp_path / "model", "llama")))
-    first, second, third = parts_of(llama.cut(checkpoint, 3))
+    first, second, third = chained.named(llama.cut(checkpoint, 3), "generate")
     assert [piece.spec.name for piece in (first, second, third)] == ["generate-1", "generate-2", "generate-3"]
     assert [tensor.name for tensor in first.spec.outputs] == ["output_ids", "output_count", "finish_reason"]
     for piece, leaves in ((second, "hidden"), (third, "logits")):
@@ -177,13 +172,12 @@ def test_what_would_come_out_wrong_is_refused(
 
 def test_a_window_as_wide_as_the_context_is_none(vocabulary: Path, tmp_path: Path) -> None:
     checkpoint = resolve(str(build(vocabulary, tmp_path / "model", "mistral", sliding_window=96)))
-    assert parts_of(llama.cut(checkpoint))
+    assert chained.named(llama.cut(checkpoint), "generate")
 
 
 def test_a_model_without_a_head_over_the_vocabulary_is_refused(vocabulary: Path, tmp_path: Path) -> None:
     directory = build(vocabulary, tmp_path / "model", "llama")
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
+    edit(directory / "config.json", architectures=["LlamaForSequenceClassification"])
     with pytest.raises(UnsupportedCheckpoint, match="LlamaForSequenceClassification; of its kind only"):
         llama.cut(resolve(str(directory)))
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from models.adapters import llava
-from models.adapters.piece import Cut, Piece
+from models.adapters.piece import Cut
 from models.checkpoint import load_model, load_tokenizer, resolve
 from models.errors import UnsupportedCheckpoint
 from models.presets import language, vision_language
 from tests.models import chained
+from tests.models.conftest import edit
 
 PATCHES = 16
 IMAGE = language.SPECIAL.index(language.IMAGE)
@@ -55,7 +56,7 @@ def copy(directory: Path, tmp_path: Path) -> Path:
     ],
 )
 def test_the_stages_see_and_say_what_the_model_does(change: dict[str, Any], parts: int, copy: Path) -> None:
-    _change(copy / "config.json", **change)
+    edit(copy / "config.json", **change)
     checkpoint = resolve(str(copy))
     model = load_model(checkpoint, "LlavaForConditionalGeneration")
     model.generation_config.eos_token_id = None
@@ -66,9 +67,9 @@ def test_the_stages_see_and_say_what_the_model_does(change: dict[str, Any], part
     seen = _project(cut, _states(cut, pixels), model)
     torch.testing.assert_close(seen, true, atol=1e-5, rtol=0)
 
-    pieces = _named(cut, "generate")
+    pieces = chained.named(cut, "generate")
     count = pieces[0].spec.inputs[2].shape[1]
-    assert _named(cut, "tokenise")[0].spec.parameters["image_token"] == {"id": IMAGE, "count": count}
+    assert chained.named(cut, "tokenise")[0].spec.parameters["image_token"] == {"id": IMAGE, "count": count}
     assert pieces[0].spec.parameters["image_token"] == IMAGE
     assert isinstance(count, int)
     ids, mask = chained.left_padded([[1, *[IMAGE] * count, 90], [1, 7, 30, *[IMAGE] * count, 44, 45]], 0)
@@ -92,15 +93,15 @@ def test_the_stages_are_the_contract_with_the_services(directory: Path) -> None:
         "generate": ("core", "generate"),
         "detokenise": ("light", "detokenise"),
     }
-    (project,) = _named(cut, "project")
+    (project,) = chained.named(cut, "project")
     assert [(t.name, t.shape) for t in (*project.spec.inputs, *project.spec.outputs)] == [
         ("last_hidden_state", ("batch", PATCHES + 1, 64)),
         ("image_embedding", ("batch", PATCHES, 64)),
     ]
     assert project.spec.parameters == {"select": "patches", "activation": "gelu", "normalise": False}
-    (generate,) = _named(cut, "generate")
+    (generate,) = chained.named(cut, "generate")
     assert [t.name for t in generate.spec.inputs[:3]] == ["input_ids", "attention_mask", "image_embedding"]
-    (chat,) = _named(cut, "chat")
+    (chat,) = chained.named(cut, "chat")
     assert chat.spec.parameters["special_tokens_rule"] == "unless_bos"
 
 
@@ -114,7 +115,7 @@ def test_the_stages_are_the_contract_with_the_services(directory: Path) -> None:
     ],
 )
 def test_what_would_come_out_wrong_is_refused(change: dict[str, Any], parts: int, message: str, copy: Path) -> None:
-    _change(copy / "config.json", **change)
+    edit(copy / "config.json", **change)
     with pytest.raises(UnsupportedCheckpoint, match=message):
         llava.cut(resolve(str(copy)), parts)
 
@@ -133,14 +134,10 @@ def test_the_processors_template_comes_first(name: str, copy: Path) -> None:
     assert llava.chat_template(checkpoint, load_tokenizer(checkpoint)) == "its own"
 
 
-def _named(cut: Cut, name: str) -> list[Piece]:
-    return [piece for piece in cut.pieces if piece.spec.name.split("-")[0] == name]
-
-
 def _states(cut: Cut, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """What `vision` gives, by name."""
     given: Any = pixels
-    for piece in _named(cut, "vision"):
+    for piece in chained.named(cut, "vision"):
         (graph,) = piece.graphs.values()
         with torch.no_grad():
             given = graph.module(given)
@@ -149,7 +146,7 @@ def _states(cut: Cut, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _project(cut: Cut, states: dict[str, torch.Tensor], model: Any) -> torch.Tensor:
-    (piece,) = _named(cut, "project")
+    (piece,) = chained.named(cut, "project")
     arrays: Any = piece.assets["project.npz"]
     hidden = states[piece.spec.inputs[0].name]
     if piece.spec.parameters["select"] == "patches":
@@ -158,7 +155,3 @@ def _project(cut: Cut, states: dict[str, torch.Tensor], model: Any) -> torch.Ten
         inner = model.model.multi_modal_projector.act(hidden @ torch.from_numpy(arrays["w1"]) + torch.from_numpy(arrays["b1"]))
     projected: torch.Tensor = inner @ torch.from_numpy(arrays["w2"]) + torch.from_numpy(arrays["b2"])
     return projected
-
-
-def _change(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +12,11 @@ import pytest
 import torch
 
 from models.adapters import whisper
-from models.adapters.piece import Piece
 from models.checkpoint import Checkpoint, load_model, load_preprocessor, resolve
 from models.errors import UnsupportedCheckpoint
 from models.presets import speech
 from tests.models import chained
+from tests.models.conftest import edit
 
 NEW = 32
 
@@ -39,7 +38,7 @@ def copy(directory: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("language", [None, "de"])
 def test_any_number_of_parts_hears_and_says_what_the_model_does(language: str | None, copy: Path) -> None:
     if language is not None:
-        _change(copy / "generation_config.json", language=language)
+        edit(copy / "generation_config.json", language=language)
     checkpoint = resolve(str(copy))
     model = load_model(checkpoint, "WhisperForConditionalGeneration")
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 80, 200)).astype(np.float32))
@@ -51,12 +50,12 @@ def test_any_number_of_parts_hears_and_says_what_the_model_does(language: str | 
     for parts in (1, 2, 3) if language is None else (1,):
         cut = whisper.cut(checkpoint, parts)
         heard = features
-        for piece in _named(cut.pieces, "encoder"):
+        for piece in chained.named(cut, "encoder"):
             (graph,) = piece.graphs.values()
             with torch.no_grad():
                 heard = graph.module(heard)
         torch.testing.assert_close(heard, states, atol=1e-5, rtol=0)
-        pieces = _named(cut.pieces, "generate")
+        pieces = chained.named(cut, "generate")
         assert len(pieces) == parts
         begin = torch.tensor([pieces[0].spec.parameters["prefix"]]).expand(3, -1)
         embeds = chained.embed(pieces[0], begin, torch.arange(begin.shape[1])[None])
@@ -102,7 +101,7 @@ def test_the_stages_are_the_contract_with_the_services(directory: Path) -> None:
 
 
 def test_every_part_of_the_decoder_hears(directory: Path) -> None:
-    _, second, third = _named(whisper.cut(resolve(str(directory)), 3).pieces, "generate")
+    _, second, third = chained.named(whisper.cut(resolve(str(directory)), 3), "generate")
     for piece in (second, third):
         assert [t.name for t in piece.spec.inputs] == ["hidden", "attention_mask", "last_hidden_state"]
         assert list(piece.graphs) == [piece.spec.name, f"{piece.spec.name}-cross"]
@@ -160,17 +159,9 @@ def test_a_transcription_that_nobody_says_how_to_begin_is_refused(settings: dict
     ],
 )
 def test_what_would_come_out_wrong_is_refused(file: str, change: dict[str, Any], parts: int, message: str, copy: Path) -> None:
-    _change(copy / file, **change)
+    edit(copy / file, **change)
     with pytest.raises(UnsupportedCheckpoint, match=message):
         whisper.cut(resolve(str(copy)), parts)
 
 
 NOWHERE = Checkpoint(Path("nowhere"), "heard", "heard@1", {})
-
-
-def _named(pieces: tuple[Piece, ...], name: str) -> list[Piece]:
-    return [piece for piece in pieces if piece.spec.name.split("-")[0] == name]
-
-
-def _change(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from models.verification import verify
 from models.verification.figures import Figure, Verdict
 from models.verification.texts import batches
 from tests.models import tiny
-from tests.models.conftest import Made
+from tests.models.conftest import Made, edit
 
 
 def missed(verdict: Verdict) -> set[tuple[str, str]]:
@@ -87,9 +86,8 @@ def spoil_weights(directory: Path, stage: str = "encode") -> None:
 
 
 def _spoil_tokenizer(directory: Path) -> None:
-    path = directory / "tokenizer.json"
     truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": truncation}))
+    edit(directory / "tokenizer.json", truncation=truncation)
 
 
 EVERY = {(precision, "embedding") for precision in PRECISIONS}
