@@ -76,7 +76,7 @@ class Forwarder:
             if answer.headers.get("content-type") == streams.MEDIA_TYPE:
                 return answer
             answer.close()
-        raise UpstreamFailed(f"service {call.service!r} answered nonsense: it does not stream", stage=call.service)
+        raise UpstreamFailed.nonsense(call.service, "it does not stream")
 
     async def frames(self, call: Call, answer: StreamedAnswer, stall_s: float) -> AsyncGenerator[Frame]:
         """The frames of an answer that `open` has begun, the last one an end.
@@ -110,7 +110,7 @@ class Forwarder:
         except TimedOut:
             raise Expired(f"no token came from service {call.service!r} for {stall_s:.3f} s", stage=call.service) from None
         except ValueError as error:
-            raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
+            raise UpstreamFailed.nonsense(call.service, error) from None
         finally:
             answer.close()
 

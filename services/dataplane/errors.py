@@ -129,6 +129,11 @@ class UpstreamFailed(TaskError):
     status = 502
     reason = "upstream_error"
 
+    @classmethod
+    def nonsense(cls, service: str, what: object) -> UpstreamFailed:
+        """Of a service whose answer is none."""
+        return cls(f"service {service!r} answered nonsense: {what}", stage=service)
+
 
 class NoReplica(TaskError):
     """No replica of a needed service is ready."""

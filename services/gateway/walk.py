@@ -144,7 +144,7 @@ class Walker:
                         begun = True
                         yield bag, before + hops
                 if not begun:
-                    raise _nonsense(call, ValueError("it ended a stream before it began"))
+                    raise UpstreamFailed.nonsense(call.service, "it ended a stream before it began")
                 return
             except UpstreamFailed as error:
                 self._learn(error.hops)
@@ -234,7 +234,7 @@ class Walker:
         try:
             hops = itinerary.read_header(headers.get(itinerary.HEADER))
         except ValueError as error:
-            raise _nonsense(call, error) from None
+            raise UpstreamFailed.nonsense(call.service, error) from None
         _measure_way(hops, call)
         return hops
 
@@ -247,7 +247,7 @@ class Walker:
             fresh = {tensor.name: tensor for tensor in message.tensors}
             bag.update((ref, fresh[ref]) for ref in plan.segments[index].returns)
         except (TaskError, ValueError, KeyError) as error:
-            raise _nonsense(call, error) from None
+            raise UpstreamFailed.nonsense(call.service, error) from None
 
     def _call(
         self,
@@ -373,7 +373,7 @@ class Walker:
         try:
             (report,) = itinerary.reports([frame.document()])
         except ValueError as error:
-            raise _nonsense(call, error) from None
+            raise UpstreamFailed.nonsense(call.service, error) from None
         for hop in hops:
             if hop["replica"] == report["replica"]:
                 hop.update(report)
@@ -399,7 +399,3 @@ def _measure_way(hops: Hops, call: Call) -> None:
     """What of the call the first hop did not see: the way there and back."""
     if hops:
         hops[0]["transfer_s"] = itinerary.way_s(call.elapsed_s, hops[0].get("total_s", 0.0))
-
-
-def _nonsense(call: Call, error: Exception) -> UpstreamFailed:
-    return UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service)

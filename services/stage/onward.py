@@ -84,7 +84,7 @@ class Onward:
             raise
         length = answer.headers.get(wire.HEADER_LENGTH)
         if length is None or itinerary.HEADER not in answer.headers:
-            raise UpstreamFailed(f"service {call.service!r} answered nonsense: it is no stage of ours", stage=call.service)
+            raise UpstreamFailed.nonsense(call.service, "it is no stage of ours")
         self.count_way(call, answer.headers)
         return answer.body, int(length), self.reports(visit, result, call, answer.headers)
 

@@ -79,7 +79,7 @@ class Rest:
             message = wire.decode_response(answer.body, answer.headers.get(wire.HEADER_LENGTH), self._limits)
             (logits,) = message.tensors
         except (TaskError, ValueError) as error:
-            raise UpstreamFailed(f"service {call.service!r} answered nonsense: {error}", stage=call.service) from None
+            raise UpstreamFailed.nonsense(call.service, error) from None
         return logits.array
 
 
