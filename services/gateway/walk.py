@@ -146,14 +146,11 @@ class Walker:
                 if not begun:
                     raise UpstreamFailed.nonsense(call.service, "it ended a stream before it began")
                 return
-            except UpstreamFailed as error:
-                self._learn(error.hops)
-                if not (again and until.remaining_s(time.monotonic()) > call.least_s and self._forwarder.allow_retry()):
-                    raise
-                again = False
             except TaskError as error:
                 self._learn(error.hops)
-                raise
+                if not (again and isinstance(error, UpstreamFailed) and self._may_repeat(call, until)):
+                    raise
+                again = False
 
     async def _branches(
         self,
@@ -225,10 +222,14 @@ class Walker:
             self._learn(error.hops)
             # A replica further down died with nobody to take over from there: once more, around the dead.
             deeper = isinstance(error, UpstreamFailed) and error.stage != call.service
-            if not (deeper and until.remaining_s(time.monotonic()) > call.least_s and self._forwarder.allow_retry()):
+            if not (deeper and self._may_repeat(call, until)):
                 raise
             call = self._call(table, plan, index, tensors, until, trace, after_s, pace)
             return call, await ask(call)
+
+    def _may_repeat(self, call: Call, until: Deadline) -> bool:
+        """Whether there is time to walk a chain once more, and the retry budget allows it; then it has been taken from."""
+        return until.remaining_s(time.monotonic()) > call.least_s and self._forwarder.allow_retry()
 
     def _read_hops(self, call: Call, headers: Mapping[str, str]) -> Hops:
         try:
