@@ -324,10 +324,7 @@ class _Connection(asyncio.Protocol):
             ConnectionError: the connection broke first.
             TimeoutError: the time passed first.
         """
-        if self._transport is None or self._transport.is_closing():
-            self.usable = False
-            raise ConnectionResetError("the connection was closed")
-        self.usable = self.heard = False
+        transport = self._taken()
         self._headers, self._chunks, self._size = {}, [], 0
         self._parser = httptools.HttpResponseParser(self)
         loop = asyncio.get_running_loop()
@@ -335,7 +332,7 @@ class _Connection(asyncio.Protocol):
         # One timer, where asyncio.timeout would cancel the task and sort out afterwards who did it.
         timer = loop.call_later(timeout_s, self._expire)
         # Gathered by the kernel: a tensor is not copied to stand behind its header.
-        self._transport.writelines(request)
+        transport.writelines(request)
         try:
             return await self._answer
         finally:
@@ -348,14 +345,19 @@ class _Connection(asyncio.Protocol):
             ConnectionError: the connection broke first.
             TimeoutError: the time passed first.
         """
+        transport = self._taken()
+        self._streamed = answer
+        self._parser = answer.parser = httptools.HttpResponseParser(answer)
+        transport.writelines(request)
+        await answer.begun(timeout_s)
+
+    def _taken(self) -> asyncio.Transport:
+        """What to send the next request by; ConnectionError where the connection has been closed meanwhile."""
         if self._transport is None or self._transport.is_closing():
             self.usable = False
             raise ConnectionResetError("the connection was closed")
         self.usable = self.heard = False
-        self._streamed = answer
-        self._parser = answer.parser = httptools.HttpResponseParser(answer)
-        self._transport.writelines(request)
-        await answer.begun(timeout_s)
+        return self._transport
 
     def ended(self, usable: bool) -> None:
         """The streamed answer is complete."""
