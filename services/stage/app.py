@@ -24,7 +24,7 @@ from services.hotpath import Endpoint, Front
 from services.stage import generation, probe
 from services.stage.generation import GenerationWorker
 from services.stage.metrics import StageMetrics
-from services.stage.onward import VERSION, Identity
+from services.stage.onward import VERSION, AnyWorker, Identity
 from services.stage.parts import PartWorker, Rest
 from services.stage.processors import Exemplary, Processor
 from services.stage.processors.generate import Generate
@@ -71,9 +71,9 @@ class Replica:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[StageService]:
         """Warm up, start the worker and open the connections; undo it in reverse on the way out."""
-        # Nobody is served yet, so nobody minds that this holds the event loop.
         async with Transport() as transport:
             forwarder = Forwarder(transport, RouteBook(), RetryBudget())
+            # Nobody is served yet, so nobody minds that warming up holds the event loop.
             worker = self._worker(forwarder)
             in_flight = self._queue_capacity * IN_FLIGHT_PER_PLACE
             service = StageService(
@@ -91,7 +91,7 @@ class Replica:
                 self._service = None
                 await worker.stop()
 
-    def _worker(self, forwarder: Forwarder) -> Worker | GenerationWorker | PartWorker:
+    def _worker(self, forwarder: Forwarder) -> AnyWorker:
         length = self.model.typical_length
         if isinstance(self._processor, Generate):
             pace = generation.warm_up(self._processor, length, self._max_batch)
