@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-import statistics
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from models.manifest import BATCH_AXIS, ServiceLaw
 from services.dataplane import batching
@@ -27,6 +27,7 @@ from services.dataplane.wire import Array
 from services.stage.metrics import StageMetrics
 from services.stage.parts import Rest
 from services.stage.processors.generate import Batch, Generate, Pass, Row
+from services.stage.warm import usual_s
 from services.stage.worker import Result
 
 _WARM_LENGTHS = (8, 64)
@@ -380,22 +381,15 @@ class GenerationWorker:
 
 def warm_up(processor: Generate, typical_length: Mapping[str, int], max_batch: int) -> GenerationEstimate:
     """Read made-up prompts and make tokens until the times mean something, and fit a law to prefill and to step."""
+
+    def read(length: int, count: int = 1) -> Batch:
+        return processor.prefill([processor.made_up(length, typical_length) for _ in range(count)])
+
     prefills, steps = [], []
     for length in _WARM_LENGTHS:
-        rows = [processor.made_up(length, typical_length)]
-        processor.prefill(rows)
-        seconds = [_seconds(lambda: processor.prefill([processor.made_up(length, typical_length)])) for _ in range(_WARM_RUNS)]  # noqa: B023
-        usual = statistics.median(seconds)
-        prefills.append((float(len(rows[0].prompt)), usual, usual))
+        usual = usual_s(partial(read, length), _WARM_RUNS)
+        prefills.append((float(len(processor.made_up(length, typical_length).prompt)), usual, usual))
     for count in sorted({1, max_batch}):
-        batch = processor.prefill([processor.made_up(_WARM_LENGTHS[0], typical_length) for _ in range(count)])
-        processor.step(batch)
-        usual = statistics.median(_seconds(lambda: processor.step(batch)) for _ in range(_WARM_RUNS))  # noqa: B023
+        usual = usual_s(partial(processor.step, read(_WARM_LENGTHS[0], count)), _WARM_RUNS)
         steps.append((float(count), usual, usual))
     return GenerationEstimate(ServiceLaw.fit(prefills), ServiceLaw.fit(steps))
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

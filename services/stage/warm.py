@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from models.manifest import BATCH_AXIS, ServiceLaw, StageSpec
 from services.stage import examples
@@ -31,12 +32,17 @@ def warm_up(spec: StageSpec, processor: Processor, typical_length: Mapping[str, 
         if isinstance(processor, Exemplary):
             inputs |= processor.example(axes.get(BATCH_AXIS, 1))
         units = spec.units(inputs[spec.inputs[0].name].shape)
-        processor.run(inputs)
-        seconds = []
-        for _ in range(RUNS):
-            start = time.perf_counter()
-            processor.run(inputs)
-            seconds.append(time.perf_counter() - start)
-        usual = statistics.median(seconds)
+        usual = usual_s(partial(processor.run, inputs), RUNS)
         points.append((float(units), usual, usual))
     return ServiceLaw.fit(points)
+
+
+def usual_s(work: Callable[[], object], runs: int) -> float:
+    """Median time [s] of so many runs, after one that does not count."""
+    work()
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
