@@ -19,7 +19,7 @@ from models.manifest import BATCH_AXIS, ServiceLaw
 from services.dataplane import batching
 from services.dataplane.batching import DeadlineQueue, Waiting
 from services.dataplane.deadline import Deadline
-from services.dataplane.errors import BadRequest, Expired, NoReplica, QueueFull, TaskError, TooLarge
+from services.dataplane.errors import BadRequest, Expired, NoReplica, TooLarge
 from services.dataplane.generation import GenerationEstimate, Member, next_to_join
 from services.dataplane.itinerary import Further
 from services.dataplane.streams import Pace
@@ -28,7 +28,7 @@ from services.stage.metrics import StageMetrics
 from services.stage.parts import Rest
 from services.stage.processors.generate import Batch, Generate, Pass, Row
 from services.stage.warm import usual_s
-from services.stage.worker import Result
+from services.stage.worker import Result, no_place, past_saving
 
 _WARM_LENGTHS = (8, 64)
 _WARM_RUNS = 3
@@ -222,11 +222,7 @@ class GenerationWorker:
             if self._stopped:
                 raise NoReplica(_STOPPING)
             if self.queue.full:
-                self._metrics.dropped("queue_full")
-                raise QueueFull(
-                    f"the queue of stage {self._processor.spec.name!r} is full ({self.queue.capacity} tasks)",
-                    retry_after_s=self.expected_wait_s(time.monotonic()),
-                )
+                raise no_place(self._processor.spec, self._metrics, self.queue, self.expected_wait_s(time.monotonic()))
             allowed = max(row.max_tokens for row in task.rows)
             mean_s = self._estimate.mean_s(items, length, allowed, self._max_batch)
             waiting = Waiting(task, task.due, items, (length,), until.arrived, mean_s)
@@ -302,7 +298,8 @@ class GenerationWorker:
                     return batch
                 joining, doomed = next_to_join(self.queue, members, now, self._estimate, self._max_batch)
             for waiting in doomed:
-                self._failed([waiting.task], self._doomed(waiting, now))
+                expires = waiting.task.until.due
+                self._failed([waiting.task], past_saving(self._processor.spec, self._metrics, waiting, expires, now))
             if joining is None:
                 return batch
             task = joining.task
@@ -370,13 +367,6 @@ class GenerationWorker:
             task.error = error
         if failed:
             self._tell(failed, lambda: None)
-
-    def _doomed(self, waiting: Waiting[_Task], now: float) -> TaskError:
-        reason = "expired_in_queue" if now >= waiting.task.until.due else "would_expire"
-        self._metrics.dropped(reason)
-        what = "passed while it waited" if reason == "expired_in_queue" else "would pass before the work is done"
-        stage = self._processor.spec.name
-        return Expired(f"the deadline {what} at stage {stage!r}", reason=reason, elapsed_s=now - waiting.enqueued)
 
 
 def warm_up(processor: Generate, typical_length: Mapping[str, int], max_batch: int) -> GenerationEstimate:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from models.manifest import BATCH_AXIS, StageSpec
 from services.dataplane import batching
@@ -135,11 +136,7 @@ class Worker:
         if self._processor.inline or (alone and self._slots == 1 and not self._ends and mean_s <= self._alone_s):
             return self._inline(waiting)
         if self.queue.full:
-            self._metrics.dropped("queue_full")
-            raise QueueFull(
-                f"the queue of stage {self._spec.name!r} is full ({self.queue.capacity} tasks)",
-                retry_after_s=self.expected_wait_s(time.monotonic()),
-            )
+            raise no_place(self._spec, self._metrics, self.queue, self.expected_wait_s(time.monotonic()))
         self.queue.push(waiting)
         self._dispatch()
         try:
@@ -212,10 +209,21 @@ class Worker:
         self._dispatch()
 
     def _doomed(self, waiting: Waiting[Work], now: float) -> TaskError:
-        reason = "expired_in_queue" if now >= waiting.task.expires else "would_expire"
-        self._metrics.dropped(reason)
-        what = "passed while it waited" if reason == "expired_in_queue" else "would pass before the work is done"
-        return Expired(f"the deadline {what} at stage {self._spec.name!r}", reason=reason, elapsed_s=now - waiting.enqueued)
+        return past_saving(self._spec, self._metrics, waiting, waiting.task.expires, now)
+
+
+def no_place(spec: StageSpec, metrics: StageMetrics, queue: DeadlineQueue[Any], wait_s: float) -> TaskError:
+    """What a task is told that comes when the queue is full; counted."""
+    metrics.dropped(QueueFull.reason)
+    return QueueFull(f"the queue of stage {spec.name!r} is full ({queue.capacity} tasks)", retry_after_s=wait_s)
+
+
+def past_saving(spec: StageSpec, metrics: StageMetrics, waiting: Waiting[Any], expires: float, now: float) -> TaskError:
+    """What a task is told that is dropped before its work, whose own deadline is at `expires`; counted."""
+    reason = "expired_in_queue" if now >= expires else "would_expire"
+    metrics.dropped(reason)
+    what = "passed while it waited" if reason == "expired_in_queue" else "would pass before the work is done"
+    return Expired(f"the deadline {what} at stage {spec.name!r}", reason=reason, elapsed_s=now - waiting.enqueued)
 
 
 def _settle(waiting: Waiting[Work], outcome: Result | Exception) -> None:
