@@ -21,6 +21,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from models.manifest import TensorSpec
 from services.dataplane.errors import BadRequest, TooLarge, shown
 
 Array = NDArray[Any]
@@ -84,6 +85,11 @@ class Message:
     def tensor(self, name: str) -> Tensor | None:
         """The tensor of that name, if it is there."""
         return next((tensor for tensor in self.tensors if tensor.name == name), None)
+
+
+def filled(spec: TensorSpec, axes: Mapping[str, int]) -> Array:
+    """The default of an input that a request left out, for every item; an axis of unknown length is 1 long."""
+    return np.full([axes.get(n, 1) if isinstance(n, str) else n for n in spec.shape], spec.default, DTYPES[spec.datatype])
 
 
 def decode_request(body: bytes, header_length: str | None, limits: Limits) -> Message:

@@ -10,8 +10,6 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
 from models.manifest import BATCH_AXIS
 from services.dataplane import deadline, itinerary, wire
 from services.dataplane.deadline import Deadline
@@ -351,9 +349,7 @@ def _filled(plan: Plan, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     items = next((shape[axis] for shape, axis in given if axis is not None), 1)
     filled = dict(tensors)
     for spec in left_out:
-        shape = [items if n == BATCH_AXIS else 1 if isinstance(n, str) else n for n in spec.shape]
-        array = np.full(shape, spec.default, wire.DTYPES[spec.datatype])
-        filled[f"request.{spec.name}"] = Tensor(spec.name, spec.datatype, array)
+        filled[f"request.{spec.name}"] = Tensor(spec.name, spec.datatype, wire.filled(spec, {BATCH_AXIS: items}))
     return filled
 
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from models.manifest import BATCH_AXIS, StageSpec, TensorSpec
+from services.dataplane import wire
 from services.dataplane.errors import BadRequest, TooLarge
-from services.dataplane.wire import DTYPES, Array, Message
+from services.dataplane.wire import Array, Message
 
 MAX_ITEMS = 256
 """Longest batch axis of one task: one task must not hold a worker for seconds."""
@@ -48,15 +49,10 @@ def bind(spec: StageSpec, message: Message, take: Mapping[str, str]) -> tuple[di
         _check_shape(wanted, tensor.array.shape, axes)
         inputs[wanted.name] = tensor.array
     for left_out in (tensor for tensor in spec.inputs if tensor.name not in inputs):
-        inputs[left_out.name] = filled(left_out, axes)
+        inputs[left_out.name] = wire.filled(left_out, axes)
     if axes.get(BATCH_AXIS, 1) > MAX_ITEMS:
         raise TooLarge(f"{axes[BATCH_AXIS]} items in one request; the limit is {MAX_ITEMS}: send several requests")
     return inputs, axes
-
-
-def filled(spec: TensorSpec, axes: Mapping[str, int]) -> Array:
-    """The default of an input that a request left out, for every item; an axis of unknown length is 1 long."""
-    return np.full([axes.get(n, 1) if isinstance(n, str) else n for n in spec.shape], spec.default, DTYPES[spec.datatype])
 
 
 def _check_shape(wanted: TensorSpec, shape: tuple[int, ...], axes: dict[str, int]) -> None:
