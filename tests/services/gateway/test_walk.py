@@ -6,6 +6,8 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from services.dataplane.pipeline import Pipeline, Step
 from services.dataplane.routes import Link, Routes
 from services.dataplane.routing import RetryBudget, RouteBook
 from services.forward import Forwarder
+from services.gateway.app import Gateway
 from services.gateway.table import Table
 from services.gateway.walk import Walker
 from services.hotpath import Request
@@ -41,20 +44,27 @@ def fork() -> Pipeline:
     )
 
 
-async def test_branches_run_at_once(tmp_path: Path) -> None:
-    left, right = Gate(), Gate()
+@asynccontextmanager
+async def forked(directory: Path, left: Gate, right: Gate) -> AsyncIterator[tuple[str, Gateway]]:
+    """A gateway over `fork`, with a replica for each of its steps."""
     replicas = (replica(Doubler(), name="first"), replica(left, name="left"), replica(right, name="right"))
     async with harness.stages(*replicas) as [a, b, c]:
         kept = document([fork()], {"first": [a], "left": [b], "right": [c]})
-        async with harness.gateway(kept, tmp_path) as (url, _):
-            task = asyncio.ensure_future(infer(url, "task", 1.0))
-            await asyncio.to_thread(left.entered.wait)
-            await asyncio.to_thread(right.entered.wait)
-            left.open.set()
-            right.open.set()
-            answer = await task
-            message = wire.decode_response(answer.body, answer.headers.get(wire.HEADER_LENGTH), wire.Limits())
-            assert {t.name: t.array.tolist() for t in message.tensors} == {"left": [4.0], "right": [4.0]}
+        async with harness.gateway(kept, directory) as (url, gateway):
+            yield url, gateway
+
+
+async def test_branches_run_at_once(tmp_path: Path) -> None:
+    left, right = Gate(), Gate()
+    async with forked(tmp_path, left, right) as (url, _):
+        task = asyncio.ensure_future(infer(url, "task", 1.0))
+        await asyncio.to_thread(left.entered.wait)
+        await asyncio.to_thread(right.entered.wait)
+        left.open.set()
+        right.open.set()
+        answer = await task
+        message = wire.decode_response(answer.body, answer.headers.get(wire.HEADER_LENGTH), wire.Limits())
+        assert {t.name: t.array.tolist() for t in message.tensors} == {"left": [4.0], "right": [4.0]}
 
 
 async def test_a_failing_branch_cancels_the_other(tmp_path: Path) -> None:
@@ -77,13 +87,10 @@ async def test_a_failing_branch_cancels_the_other(tmp_path: Path) -> None:
 
 async def test_branches_that_run_out_of_time_together_are_one_expired_task(tmp_path: Path) -> None:
     left, right = Gate(), Gate()
-    replicas = (replica(Doubler(), name="first"), replica(left, name="left"), replica(right, name="right"))
-    async with harness.stages(*replicas) as [a, b, c]:
-        kept = document([fork()], {"first": [a], "left": [b], "right": [c]})
-        async with harness.gateway(kept, tmp_path) as (url, gateway):
-            answer = await infer(url, "task", 1.0, headers={"x-request-timeout-seconds": "0.5"})
-            assert (answer.status, reason(answer)) == (504, "expired")
-            assert outcomes(gateway.metrics.exposition().decode()) == {"expired": 1}
+    async with forked(tmp_path, left, right) as (url, gateway):
+        answer = await infer(url, "task", 1.0, headers={"x-request-timeout-seconds": "0.5"})
+        assert (answer.status, reason(answer)) == (504, "expired")
+        assert outcomes(gateway.metrics.exposition().decode()) == {"expired": 1}
         left.open.set()
         right.open.set()
 
