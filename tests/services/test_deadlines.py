@@ -7,8 +7,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +47,8 @@ from tests.services.harness import (
     result,
     with_standbys,
 )
-from tests.services.test_streams import Client, asking, until
+from tests.services.test_streams import Client, asking, begun, connected, until
+from tests.services.test_streams import counted as counted_stream
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "deadlines.md"
 
@@ -380,11 +381,7 @@ async def test_d27_a_wait_between_tokens_makes_a_stream_late(
     tmp_path: Path, token_deadline_s: float | None, outcome: str
 ) -> None:
     async with generative.served(tmp_path, deadline_s=60.0, token_deadline_s=token_deadline_s) as served:
-        served.graph.hold()
-        async with asking(served, max_tokens=3) as client:
-            served.graph.allow()
-            assert await client.begin() == 200
-            await client.event()
+        async with begun(served, max_tokens=3) as client:
             await asyncio.sleep(0.6)  # the wait itself is what the sentence is about
             served.graph.free()
             assert (await client.rest())[-1] == "DONE"
@@ -415,11 +412,7 @@ async def test_d28_a_stream_of_which_nothing_more_comes_ends_with_an_error(
     tmp_path: Path, deadline_s: float, token_deadline_s: float | None
 ) -> None:
     async with generative.served(tmp_path, deadline_s=deadline_s, token_deadline_s=token_deadline_s) as served:
-        served.graph.hold()
-        async with asking(served) as client:
-            served.graph.allow()
-            assert await client.begin() == 200
-            await client.event()
+        async with begun(served) as client:
             (error,) = await client.rest()
             assert error["error"]["code"] == "expired"
         await until(lambda: counted_stream(served) == {"expired": 1})
@@ -428,11 +421,7 @@ async def test_d28_a_stream_of_which_nothing_more_comes_ends_with_an_error(
 
 async def test_d29_an_error_after_the_first_token_is_told_in_the_stream_and_nothing_follows(tmp_path: Path) -> None:
     async with generative.served(tmp_path) as served:
-        served.graph.hold()
-        async with asking(served) as client:
-            served.graph.allow()
-            assert await client.begin() == 200
-            await client.event()
+        async with begun(served) as client:
             harness.break_off(served.stages["generate"])
             events = await client.rest()
             assert [event["error"]["code"] for event in events] == ["upstream_error"]
@@ -553,25 +542,12 @@ async def test_d33_and_is_told_so(tmp_path: Path) -> None:
         worker._worker._estimate.prefill = slow
         async with asking(served) as client:
             assert await client.begin() == 504
-            length = int(client.head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-            assert json.loads(await client.reader.readexactly(length))["error"]["code"] == "would_expire"
+            assert json.loads(await client.body())["error"]["code"] == "would_expire"
 
 
-def counted_stream(served: Any) -> dict[str, int]:
-    return outcomes(served.page(), "write")
-
-
-@asynccontextmanager
-async def asking_whole(served: Any, seconds: float, **fields: Any) -> AsyncIterator[Client]:
+def asking_whole(served: generative.House, seconds: float, **fields: Any) -> AbstractAsyncContextManager[Client]:
     """The same task, asked for as a whole answer."""
-    content = json.dumps(fields).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-timeout-seconds: {seconds}\r\n"
-    writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
-    try:
-        yield Client(reader, writer)
-    finally:
-        writer.close()
+    return connected(served, fields, f"x-request-timeout-seconds: {seconds}\r\n".encode())
 
 
 # --- refusing -------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from services.dataplane.deadline import Deadline
+from services.gateway.openai import texts
+from services.gateway.table import Table
 from services.transport import Transport
 from tests.services import decoder
 from tests.services import generative as house
@@ -45,6 +48,11 @@ class Client:
         data = line.removeprefix(b"data: ")
         return "DONE" if data == b"[DONE]" else json.loads(data)
 
+    async def body(self) -> bytes:
+        """The body of an answer that is no stream."""
+        length = int(self.head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        return await self.reader.readexactly(length)
+
     async def rest(self) -> list[Any]:
         events = []
         while (event := await self.event()) is not None:
@@ -57,15 +65,31 @@ def text(*events: Any) -> str:
 
 
 @asynccontextmanager
-async def asking(served: House, prompt: str = PROMPT, **fields: Any) -> AsyncIterator[Client]:
-    """A streamed completion, asked for."""
-    body = json.dumps({"model": "write", "prompt": prompt, "stream": True, "max_tokens": 12, **fields}).encode()
+async def connected(served: House, fields: dict[str, Any], header: bytes = b"") -> AsyncIterator[Client]:
+    """A completion, asked for on a connection of its own."""
+    body = json.dumps(fields).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n" % (header, len(body)) + body)
     try:
         yield Client(reader, writer)
     finally:
         writer.close()
+
+
+def asking(served: House, prompt: str = PROMPT, **fields: Any) -> AbstractAsyncContextManager[Client]:
+    """A streamed completion, asked for."""
+    return connected(served, {"model": "write", "prompt": prompt, "stream": True, "max_tokens": 12, **fields})
+
+
+@asynccontextmanager
+async def begun(served: House, **fields: Any) -> AsyncIterator[Client]:
+    """A streamed completion whose first token has been read. Every further one the test has to allow."""
+    served.graph.hold()
+    async with asking(served, **fields) as client:
+        served.graph.allow()
+        assert await client.begin() == 200
+        await client.event()
+        yield client
 
 
 async def until(condition: Any) -> None:
@@ -176,11 +200,7 @@ async def test_a_reader_that_is_slow_holds_nobody_up(tmp_path: Path) -> None:
 
 async def test_a_stage_that_dies_in_the_middle_is_an_error_in_the_stream_and_a_failed_task(tmp_path: Path) -> None:
     async with house.served(tmp_path) as served:
-        served.graph.hold()
-        async with asking(served, max_tokens=40) as client:
-            served.graph.allow()
-            await client.begin()
-            await client.event()
+        async with begun(served, max_tokens=40) as client:
             break_off(served.stages["generate"])
             (error,) = await client.rest()
             assert error["error"]["code"] == "upstream_error"
@@ -193,11 +213,7 @@ async def test_a_stage_that_dies_in_the_middle_is_an_error_in_the_stream_and_a_f
 
 async def test_a_stage_behind_that_dies_ends_the_work(tmp_path: Path) -> None:
     async with house.served(tmp_path) as served:
-        served.graph.hold()
-        async with asking(served, max_tokens=40) as client:
-            served.graph.allow()
-            await client.begin()
-            await client.event()
+        async with begun(served, max_tokens=40) as client:
             served.spell.broken = True
             served.graph.allow()
             (error,) = await client.rest()
@@ -211,11 +227,7 @@ async def test_a_stage_behind_that_dies_ends_the_work(tmp_path: Path) -> None:
 
 async def test_a_replica_that_dies_in_the_middle_of_a_stream_is_avoided_by_the_gateway_too(tmp_path: Path) -> None:
     async with house.served(tmp_path) as served:
-        served.graph.hold()
-        async with asking(served, max_tokens=40) as client:
-            served.graph.allow()
-            await client.begin()
-            await client.event()
+        async with begun(served, max_tokens=40) as client:
             break_off(served.stages["generate"])
             (error,) = await client.rest()
         assert [hop["replica"] for hop in error["hops"]] == ["tokenise-0"]
@@ -323,11 +335,7 @@ async def test_it_is_begun_once_more_where_a_replica_dies_in_the_middle(tmp_path
 
 async def test_what_a_stage_refuses_in_the_middle_has_failed_and_was_no_bad_request(tmp_path: Path) -> None:
     async with house.served(tmp_path) as served:
-        served.graph.hold()
-        async with asking(served, max_tokens=40) as client:
-            served.graph.allow()
-            await client.begin()
-            await client.event()
+        async with begun(served, max_tokens=40) as client:
             served.spell.refuses = True
             served.graph.allow()
             (error,) = await client.rest()
@@ -346,8 +354,7 @@ async def test_what_goes_wrong_before_the_first_token_is_an_ordinary_error(tmp_p
         ):
             async with asking(served, **fields) as client:
                 assert await client.begin() == status
-                length = int(client.head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-                body = await client.reader.readexactly(length)
+                body = await client.body()
                 assert words in body
                 assert "message" in json.loads(body)["error"]
         assert counted(served) == {}
@@ -363,10 +370,6 @@ async def test_a_chain_in_which_nobody_generates_streams_a_single_piece(tmp_path
         )
         service = served.gateway._service
         assert service is not None
-        from services.dataplane.deadline import Deadline  # noqa: PLC0415
-        from services.gateway.openai import texts  # noqa: PLC0415
-        from services.gateway.table import Table  # noqa: PLC0415
-
         table = Table(served.routes.model_copy(update={"pipelines": {"only": only}}))
         served.gateway.subscription.table = table
         due = Deadline(asyncio.get_running_loop().time(), 5.0)
