@@ -13,8 +13,7 @@ import numpy as np
 from models.manifest import Manifest, ModelFile, StageSpec, TensorSpec, Tier
 from services.dataplane.errors import BadRequest
 from services.dataplane.pipeline import Pipeline, Step
-from services.dataplane.routes import Replica as ReplicaRoute
-from services.dataplane.routes import Routes, Service
+from services.dataplane.routes import Routes
 from services.dataplane.wire import Array
 from services.gateway.app import Gateway
 from services.stage.app import Replica
@@ -321,17 +320,7 @@ async def served(
             version=1,
             testbed="test",
             services={
-                name: Service(
-                    name=name,
-                    model="test",
-                    stage=spec.name,
-                    tier=spec.tier,
-                    weights="seeded",
-                    inputs=spec.inputs,
-                    outputs=spec.outputs,
-                    replicas=(ReplicaRoute(id=f"{name}-0", node="local", url=house.stages[name], state="ready"),),
-                )
-                for name, (spec, _) in made.items()
+                name: harness.service(name, spec, house.stages[name], weights="seeded") for name, (spec, _) in made.items()
             },
             pipelines={pipeline.name: pipeline for pipeline in pipelines(deadline_s, token_deadline_s)},
         )

@@ -19,7 +19,7 @@ import numpy as np
 import uvicorn
 from starlette.types import ASGIApp
 
-from models.manifest import Manifest, ModelFile, StageSpec, TensorSpec, Tier
+from models.manifest import Manifest, ModelFile, StageSpec, TensorSpec, Tier, Weights
 from services.dataplane import letting_out, routes, wire
 from services.dataplane.pipeline import Pipeline, Step
 from services.dataplane.routes import Replica as ReplicaRoute
@@ -163,20 +163,23 @@ def chain(*services: str, deadline_s: float = 5.0, name: str = "task") -> Pipeli
     return Pipeline(name=name, deadline_s=deadline_s, epsilon=0.05, steps=tuple(steps), outputs={"y": source})
 
 
+def service(name: str, stage: StageSpec, *urls: str, model: str = "test", weights: Weights = "trained") -> Service:
+    """A service of a stage, with replicas NAME-0, NAME-1, ... at these addresses."""
+    return Service(
+        name=name,
+        model=model,
+        stage=stage.name,
+        tier=stage.tier,
+        weights=weights,
+        inputs=stage.inputs,
+        outputs=stage.outputs,
+        replicas=tuple(ReplicaRoute(id=f"{name}-{i}", node="local", url=url, state="ready") for i, url in enumerate(urls)),
+    )
+
+
 def document(pipelines: list[Pipeline], addresses: Mapping[str, list[str]], version: int = 1) -> Routes:
     """Routes to replicas NAME-0, NAME-1, ... of each service at these addresses."""
-    services = {}
-    for name, urls in addresses.items():
-        stage = spec(name)
-        services[name] = Service(
-            name=name,
-            model="test",
-            stage=name,
-            tier=stage.tier,
-            inputs=stage.inputs,
-            outputs=stage.outputs,
-            replicas=tuple(ReplicaRoute(id=f"{name}-{i}", node="local", url=url, state="ready") for i, url in enumerate(urls)),
-        )
+    services = {name: service(name, spec(name), *urls) for name, urls in addresses.items()}
     return Routes(version=version, testbed="test", services=services, pipelines={p.name: p for p in pipelines})
 
 

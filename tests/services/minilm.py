@@ -9,8 +9,7 @@ from pathlib import Path
 from models import manifest
 from models.manifest import Precision
 from services.dataplane.pipeline import Pipeline, Step
-from services.dataplane.routes import Replica as ReplicaRoute
-from services.dataplane.routes import Routes, Service
+from services.dataplane.routes import Routes
 from services.stage.app import Replica
 from services.stage.onward import Identity
 from services.stage.processors import open_processor
@@ -84,15 +83,7 @@ async def served(directory: Path, kept: Path) -> AsyncIterator[tuple[str, dict[s
     replicas = [open_replica(directory, stage) for stage in STAGES]
     async with harness.stages(*replicas) as urls:
         services = {
-            name: Service(
-                name=name,
-                model=replica.model.model,
-                stage=name,
-                tier=replica.spec.tier,
-                inputs=replica.spec.inputs,
-                outputs=replica.spec.outputs,
-                replicas=(ReplicaRoute(id=f"{name}-0", node="local", url=url, state="ready"),),
-            )
+            name: harness.service(name, replica.spec, url, model=replica.model.model)
             for name, replica, url in zip(STAGES, replicas, urls, strict=True)
         }
         routes = Routes(version=1, testbed="test", services=services, pipelines={p.name: p for p in PIPELINES})

@@ -14,8 +14,7 @@ import pytest
 from openai import APIError, AsyncOpenAI
 
 from services.dataplane.pipeline import Pipeline, Step
-from services.dataplane.routes import Replica as ReplicaRoute
-from services.dataplane.routes import Routes, Service
+from services.dataplane.routes import Routes
 from tests.services import generative, harness
 from tests.services.minilm import open_replica
 from tests.services.test_streams import until
@@ -61,16 +60,7 @@ async def served(directory: Path, kept: Path) -> AsyncIterator[AsyncOpenAI]:
     replicas = {stage: open_replica(directory, stage) for stage in STAGES}
     async with harness.stages(*replicas.values()) as urls:
         services = {
-            name: Service(
-                name=name,
-                model="lm-ci",
-                stage=name,
-                tier=replica.spec.tier,
-                weights="seeded",
-                inputs=replica.spec.inputs,
-                outputs=replica.spec.outputs,
-                replicas=(ReplicaRoute(id=f"{name}-0", node="local", url=url, state="ready"),),
-            )
+            name: harness.service(name, replica.spec, url, model="lm-ci", weights="seeded")
             for (name, replica), url in zip(replicas.items(), urls, strict=True)
         }
         routes = Routes(version=1, testbed="test", services=services, pipelines={"write": WRITE})

@@ -11,8 +11,7 @@ import pytest
 from models import manifest
 from models.manifest import Manifest, ManifestError, Precision
 from services.dataplane.pipeline import Pipeline, Step
-from services.dataplane.routes import Replica as ReplicaRoute
-from services.dataplane.routes import Routes, Service
+from services.dataplane.routes import Routes
 from services.dataplane.wire import Array
 from services.stage.app import Replica
 from services.stage.onward import Identity
@@ -146,12 +145,9 @@ async def test_a_task_gets_the_same_answer_over_one_hop_instead_of_three(model: 
     )  # fmt: skip
     async with harness.stages(*replicas) as urls:
         services = {
-            name: Service(
-                name=name, model="minilm", stage=replica.spec.name, tier=replica.spec.tier, inputs=replica.spec.inputs,
-                outputs=replica.spec.outputs, replicas=(ReplicaRoute(id=f"{name}-0", node="local", url=url, state="ready"),),
-            )
+            name: harness.service(name, replica.spec, url, model="minilm")
             for name, replica, url in zip(names, replicas, urls, strict=True)
-        }  # fmt: skip
+        }
         pipelines = {each.name: each for each in (PIPELINES[0], pipeline)}
         async with harness.gateway(Routes(version=1, testbed="t", services=services, pipelines=pipelines), tmp_path) as (
             url,
