@@ -198,8 +198,14 @@ def _sparse(entries: list[tuple[int, int, float]], rows: int, columns: int) -> c
 
 
 def survivors(problem: Problem, x: Floats) -> dict[str, float]:
-    """Node -> share of every demand still carried once that node is lost."""
-    return {node.name: carried(problem, x, n).share for n, node in enumerate(problem.nodes)}
+    """Node -> share of every demand still carried once that node is lost.
+
+    A node where nothing stands and nothing enters takes nothing along: one of them is routed for all.
+    """
+    entering = {node for demand in problem.demands for node, share in demand.entry.items() if share > 0}
+    idle = [n for n, node in enumerate(problem.nodes) if node.name not in entering and (x[:, n] < 0.5).all()]
+    left = {n: carried(problem, x, n).share for n in range(len(problem.nodes)) if n not in idle[1:]}
+    return {node.name: left[idle[0] if n in idle else n] for n, node in enumerate(problem.nodes)}
 
 
 def cost_of(problem: Problem, x: Floats, current: Placement | None = None) -> float:

@@ -1,10 +1,4 @@
-"""The integer program of the core tier: replicas x[s, n] at the least cost, so that any single node may be lost.
-
-    min  sum price_s x + node_price sum used + omega sum rate_k z link_s + phi busiest + move [x - old]^+ + drop [old - x]^+
-
-Variables: x[s, n] integer, present[s, n] and used[n] binary; for each demand k, share[k, i][n] of visit i served on node n and
-flow z[k, e][u, v] over edge e. Formulation: the core placement of arXiv 2601.19563 (eq. (14)) with network flows, diversity and
-survival in place of its scores. Each constraint is a function below.
+"""The integer program of the core tier (`formulation`) solved: replicas x[s, n] at the least cost, so that any node may go.
 
 Survival is exact and lazy: the program starts with a capacity row per service and lost node, then `flows.carried` routes what
 is left after each loss; every loss that carries less than gamma adds a cut, and the program is solved again until all hold.
@@ -18,29 +12,29 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import cvxpy as cp
 import numpy as np
-from scipy.sparse import csr_array
 
 from orchestrator.core import Placement, Target
 from orchestrator.errors import EspalierError, Infeasible
 from orchestrator.placement import flows, heuristics
 from orchestrator.placement.flows import SHORTFALL
-from orchestrator.placement.problem import EPSILON, RESOURCES, Bools, Demand, Edge, Floats, Problem, Strain, in_time
+from orchestrator.placement.formulation import RULES, TIE, Compiled, Cut, Model, Row, objective, survival_cuts, unbroken
+from orchestrator.placement.problem import EPSILON, RESOURCES, Bools, Floats, Problem, Strain
 
 Status = Literal["optimal", "incumbent", "greedy", "spread"]
 """Within the gap asked for; at the time limit the best that was found, or a heuristic's, whichever is cheapest."""
 State = Literal["found", "infeasible", "nothing"]
 """Of one run of the solver: a placement, the proof that there is none, or neither within the time."""
-TIE = 1e-7
-"""Price of a replica's node number, as a share of the mean replica price: among equals the earlier node wins."""
 PRUNE_ABOVE, PRUNE_FACTOR = 12, 3.0
 """With more nodes than that only candidates are considered: at least so many, with so many times the room that is needed."""
-NARROW_SHARE, SUPPORT = 0.4, 1e-4
-"""Share of the time for the program where the relaxation has replicas; and what of one counts there."""
+SUPPORT = 1e-4
+"""What of a replica counts where the relaxation has any."""
+PART, PARTS = 6, 16
+"""Services that may move in one step of `_improved`, at least; and steps in vain that end it."""
 
 
 class SolverFailed(EspalierError):
@@ -52,10 +46,24 @@ class Limits:
     """How long the program may take, and how good it must be."""
 
     time_s: float = 60.0
+    """Of the integer programs in all; what reads them and looks at losses comes on top."""
     gap: float = 0.01
     """Largest (cost - bound) / cost at which it stops."""
     rounds: int = 50
     """Most times that it is solved with more cuts."""
+
+
+@dataclass(slots=True)
+class Clock:
+    """The solver's own time, so that how long a placement may take does not hang on what else runs in the process."""
+
+    limit_s: float
+    spent_s: float = 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Until the limit."""
+        return max(0.0, self.limit_s - self.spent_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,340 +101,6 @@ class Solution:
         if self.bound is None:
             return None
         return max(0.0, self.cost - self.bound) / max(abs(self.cost), EPSILON)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A rule that may be relaxed: excess <= 0, element by element."""
-
-    rule: str
-    subjects: tuple[str, ...]
-    """One for each element of the excess, in C order."""
-    excess: cp.Expression
-    scale: float | Floats
-    """What one unit of relaxation is, in terms of the excess."""
-    unit: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Cut:
-    """strain.load <= share + sum prices (x - at), for a node whose loss would leave too little."""
-
-    lost: int
-    strain: Strain
-    share: float
-    prices: Floats
-    at: Floats
-
-
-@dataclass(slots=True)
-class Model:
-    """The variables and parameters of one program."""
-
-    problem: Problem
-    hosts: Bools
-    """hosts[s, n]: whether replicas of s on n are considered."""
-    relaxed: bool = False
-    """Replicas in fractions: the linear relaxation."""
-    commodities: tuple[Demand, ...] = field(init=False)
-    x: cp.Variable = field(init=False)
-    present: cp.Variable = field(init=False)
-    used: cp.Variable = field(init=False)
-    busiest: cp.Variable = field(init=False)
-    extra: cp.Variable = field(init=False)
-    """Capacity beyond a node's own; 0 but in the elastic form."""
-    moved: cp.Variable = field(init=False)
-    dropped: cp.Variable = field(init=False)
-    rates: cp.Parameter = field(init=False)
-    need: cp.Parameter = field(init=False)
-    need_after_loss: cp.Parameter = field(init=False)
-    most: cp.Parameter = field(init=False)
-    current: cp.Parameter = field(init=False)
-    open: cp.Parameter = field(init=False)
-    """Where replicas may be now, of the candidates; all of them but while only a few are looked at."""
-    shares: list[dict[str, cp.Variable]] = field(default_factory=list)
-    links: list[list[cp.Variable]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Make them all."""
-        s, n = self.hosts.shape
-        one = {"bounds": [0, 1]} if self.relaxed else {"boolean": True}
-        self.x = cp.Variable((s, n), integer=not self.relaxed)
-        self.present = cp.Variable((s, n), **one)
-        self.used = cp.Variable(n, **one)
-        self.busiest = cp.Variable(nonneg=True)
-        self.extra = cp.Variable((n, len(RESOURCES)), nonneg=True)
-        self.moved = cp.Variable((s, n), nonneg=True)
-        self.dropped = cp.Variable((s, n), nonneg=True)
-        self.commodities = self.problem.arrays.commodities()
-        self.rates = cp.Parameter(len(self.commodities), nonneg=True)
-        self.need = cp.Parameter(s, nonneg=True)
-        self.need_after_loss = cp.Parameter(s, nonneg=True)
-        self.most = cp.Parameter(s, nonneg=True)
-        self.current = cp.Parameter((s, n), nonneg=True)
-        self.open = cp.Parameter((s, n), nonneg=True, value=self.hosts.astype(float))
-        for demand in self.commodities:
-            self.shares.append({v.id: cp.Variable(len(self.at(v.service)), nonneg=True) for v in demand.visits})
-            self.links.append([cp.Variable((len(self.ends(k, e.source)), len(self.ends(k, e.target))), nonneg=True)
-                               for k in [len(self.shares) - 1] for e in demand.edges])  # fmt: skip
-
-    def at(self, service: str) -> list[int]:
-        """Candidate nodes of a service."""
-        return [int(n) for n in np.flatnonzero(self.hosts[self.problem.arrays.service[service]])]
-
-    def ends(self, k: int, visit: str | None) -> list[int]:
-        """Nodes at one end of an edge: a visit's candidates, or where tasks enter and leave."""
-        demand = self.commodities[k]
-        if visit is None:
-            return [int(n) for n in np.flatnonzero(self.problem.arrays.entry(demand) > 0)]
-        return self.at(next(v.service for v in demand.visits if v.id == visit))
-
-    def edges(self) -> list[tuple[int, Demand, int, cp.Variable]]:
-        """Every edge of every commodity: (k, commodity, e, flow)."""
-        return [(k, d, e, self.links[k][e]) for k, d in enumerate(self.commodities) for e in range(len(d.edges))]
-
-    def set(self, problem: Problem, current: Placement | None) -> None:
-        """Parameters of one solve: demand and what runs."""
-        arrays = problem.arrays
-        self.rates.value = np.array([demand.rate for demand in arrays.commodities()])
-        self.need.value, self.need_after_loss.value = arrays.need, arrays.need_after_loss
-        self.current.value = arrays.counts(current) if current is not None else np.zeros(self.hosts.shape)
-        self.most.value = np.maximum.reduce([arrays.need, arrays.need_after_loss, self.current.value.max(axis=1, initial=0)])
-
-
-# --- constraints that always hold -----------------------------------------------------------------------------------------
-
-
-def conservation(m: Model) -> list[cp.Constraint]:
-    """Flow out of each node along each edge is the share served there, and so is the flow in (which is also the join rule)."""
-    found: list[cp.Constraint] = []
-    for k, demand, e, z in m.edges():
-        for end, axis in ((demand.edges[e].source, 1), (demand.edges[e].target, 0)):
-            entry = m.problem.arrays.entry(demand)[m.ends(k, None)]
-            found.append(cp.sum(z, axis=axis) == (entry if end is None else m.shares[k][end]))
-    return found
-
-
-def support(m: Model) -> list[cp.Constraint]:
-    """Present <= x <= most present; nothing outside what is open; a node with anything on it is used."""
-    return [
-        m.x >= m.present,
-        m.x <= cp.diag(m.most) @ m.present,
-        m.present <= m.open,
-        m.present <= np.ones((m.hosts.shape[0], 1)) @ cp.reshape(m.used, (1, m.hosts.shape[1]), order="C"),
-    ]
-
-
-def service(m: Model) -> list[cp.Constraint]:
-    """Work on each node within its replicas' rate, rate_k share <= rho throughput x; and a share only where one is present."""
-    a, p = m.problem.arrays, m.problem.parameters
-    found: list[cp.Constraint] = []
-    for name, s in a.service.items():
-        at = m.at(name)
-        visits = [(k, m.shares[k][v.id]) for k, d in enumerate(m.commodities) for v in d.visits if v.service == name]
-        if visits and at:
-            work = sum(m.rates[k] * share for k, share in visits)
-            found.append(work / (p.utilisation * a.throughput[s]) <= m.x[s, at])
-            found += [share <= m.present[s, at] for _, share in visits]
-    return found
-
-
-def moves(m: Model) -> list[cp.Constraint]:
-    """Moved >= x - current and dropped >= current - x."""
-    return [m.moved >= m.x - m.current, m.dropped >= m.current - m.x]
-
-
-def order(m: Model, pairs: Sequence[tuple[int, int]]) -> list[cp.Constraint]:
-    """Of interchangeable nodes the earlier one has at least as many replicas: one of many equal placements is enough."""
-    return [cp.sum(m.x[:, a]) >= cp.sum(m.x[:, b]) for a, b in pairs]
-
-
-# --- rules that the elastic form may relax --------------------------------------------------------------------------------
-
-
-def capacity(m: Model) -> list[Row]:
-    """Every resource of every node: sum_s needs[s, r] x[s, n] <= capacity[n, r] (+ extra[n, r] in the elastic form)."""
-    a = m.problem.arrays
-    found = []
-    for r, unit in enumerate(RESOURCES):
-        if a.needs[:, r].any() or m.problem.reserve[r]:
-            subjects = tuple(f"{unit} of {node}" for node in a.node)
-            scale = a.capacity[:, r].max(initial=0) or 1.0
-            found.append(Row("capacity", subjects, a.needs[:, r] @ m.x - a.capacity[:, r] - m.extra[:, r], scale, unit))
-    return found
-
-
-def replicas(m: Model) -> list[Row]:
-    """Enough replicas for the load, rounded up: sum_n x >= need."""
-    return [Row("replicas", tuple(m.problem.arrays.service), m.need - cp.sum(m.x, axis=1), 1.0, "replicas")]
-
-
-def diversity(m: Model) -> list[Row]:
-    """Every service on at least kappa nodes."""
-    kappa = m.problem.parameters.kappa
-    return [Row("diversity", tuple(m.problem.arrays.service), kappa - cp.sum(m.present, axis=1), 1.0, "nodes")]
-
-
-def sparsity(m: Model) -> list[Row]:
-    """Every service on at most so many nodes, and so many nodes used in all."""
-    p, found = m.problem.parameters, []
-    if p.most_nodes is not None:
-        excess = cp.sum(m.present, axis=1) - p.most_nodes
-        found.append(Row("sparsity", tuple(m.problem.arrays.service), excess, 1.0, "nodes"))
-    if p.most_nodes_in_all is not None:
-        excess = cp.reshape(cp.sum(m.used) - p.most_nodes_in_all, (1,), order="C")
-        found.append(Row("sparsity", ("nodes in all",), excess, 1.0, "nodes"))
-    return found
-
-
-def budget(m: Model) -> list[Row]:
-    """The cores of all replicas within the budget."""
-    p, a = m.problem.parameters, m.problem.arrays
-    if p.budget is None:
-        return []
-    excess = cp.reshape(cp.sum((p.cpu_price * a.needs[:, 0]) @ m.x) - p.budget, (1,), order="C")
-    return [Row("budget", ("all replicas",), excess, max(p.budget, EPSILON), "per second")]
-
-
-def survival(m: Model) -> list[Row]:
-    """Whatever node is lost, enough replicas are left: sum_{v != f} x[s, v] >= need_after_loss[s]; cuts do the rest."""
-    a = m.problem.arrays
-    if not m.problem.parameters.gamma:
-        return []
-    return [
-        Row("survival", tuple(f"{s} without {node}" for s in a.service),
-            m.need_after_loss - cp.sum(m.x, axis=1) + m.x[:, n], 1.0, "replicas")
-        for node, n in a.node.items()
-    ]  # fmt: skip
-
-
-def survival_cuts(m: Model, cuts: Sequence[Cut]) -> list[Row]:
-    """What losses found too hard allow: load <= share + sum prices (x - at)."""
-    names, found = list(m.problem.arrays.node), []
-    for cut in cuts:
-        gained = cp.sum(cp.multiply(cut.prices, m.x)) - float((cut.prices * cut.at).sum())
-        excess = cp.reshape(cut.strain.load - cut.share - gained, (1,), order="C")
-        found.append(Row("survival", (f"load carried without {names[cut.lost]}",), excess, 1.0, "of the load"))
-    return found
-
-
-def reserve(m: Model) -> list[Row]:
-    """Room for the light services, and for gamma of it when any node is lost."""
-    a, gamma, found = m.problem.arrays, m.problem.parameters.gamma, []
-    for r, unit in enumerate(RESOURCES):
-        asked = m.problem.reserve[r]
-        if asked <= 0:
-            continue
-        free = a.capacity[:, r] + m.extra[:, r] - a.needs[:, r] @ m.x
-        rest = a.capacity[:, r].max()
-        found.append(Row("light reserve", (f"{unit} in all",), cp.reshape(asked - cp.sum(free), (1,), order="C"), rest, unit))
-        if gamma:
-            subjects = tuple(f"{unit} without {node}" for node in a.node)
-            found.append(Row("light reserve", subjects, gamma * asked - cp.sum(free) + free, rest, unit))
-    return found
-
-
-def bandwidth(m: Model) -> list[Row]:
-    """Traffic of each link and direction within its share; none above the busiest, which the objective charges."""
-    a, p = m.problem.arrays, m.problem.parameters
-    pairs = {(int(u), int(v)): i for i, (u, v) in enumerate(np.argwhere(np.isfinite(a.bandwidth)))}
-    parts = []
-    for k, demand, e, z in m.edges():
-        per_task = _hops(m, k, demand.edges[e], pairs)
-        if per_task.nnz:
-            parts.append(m.rates[k] * (per_task @ cp.vec(z, order="C")))
-    if not parts:
-        return []
-    names, loads = list(a.node), sum(parts)
-    subjects = tuple(f"{names[u]} -> {names[v]}" for u, v in pairs)
-    return [
-        Row("bandwidth", subjects, loads - p.link_share, 1.0, "of the bandwidth"),
-        Row("busiest link", subjects, loads - m.busiest, 0.0, "of the bandwidth"),
-    ]
-
-
-def _hops(m: Model, k: int, edge: Edge, pairs: Mapping[tuple[int, int], int]) -> csr_array:
-    """What one task of an edge takes of each link, by the links' rows and the flow's elements: bytes over bandwidth."""
-    sources, targets = m.ends(k, edge.source), m.ends(k, edge.target)
-    size, width = edge.bytes_per_task, m.problem.arrays.bandwidth
-    ways = [(i, u, j, v) for i, u in enumerate(sources) for j, v in enumerate(targets) if size and (u, v) in pairs]
-    cells = [(pairs[u, v], i * len(targets) + j, size / width[u, v]) for i, u, j, v in ways]
-    rows, columns, values = zip(*cells, strict=True) if cells else ((), (), ())
-    return csr_array((np.array(values, float), (np.array(rows, int), np.array(columns, int))),
-                     shape=(len(pairs), len(sources) * len(targets)))  # fmt: skip
-
-
-def deadlines(m: Model) -> list[Row]:
-    """No flow over node pairs through which no task can be in time (`problem.in_time`)."""
-    found = []
-    for k, demand in enumerate(m.commodities):
-        late = []
-        for z, edge, pairs in zip(m.links[k], demand.edges, in_time(m.problem, demand, m.hosts), strict=True):
-            missed = ~pairs[np.ix_(m.ends(k, edge.source), m.ends(k, edge.target))]
-            if missed.any():
-                late.append(cp.sum(cp.multiply(missed.astype(float), z)))
-        if late:
-            excess = cp.reshape(sum(late), (1,), order="C")
-            found.append(Row("deadline", (demand.name,), excess, 1.0, "late hops per task"))
-    return found
-
-
-RULES: tuple[Callable[[Model], list[Row]], ...] = (
-    capacity, replicas, diversity, sparsity, budget, survival, reserve, bandwidth, deadlines,
-)  # fmt: skip
-"""Every rule that may be relaxed, but for the cuts."""
-
-
-# --- objective ------------------------------------------------------------------------------------------------------------
-
-
-def objective(m: Model) -> cp.Expression:
-    """What the placement costs per second; see the module."""
-    p = m.problem.parameters
-    price = p.cpu_price * m.problem.arrays.needs[:, 0]
-    terms = [cp.sum(price @ m.x), p.node_price * cp.sum(m.used), p.link_weight * m.busiest]
-    terms += [p.move_price * cp.sum(m.moved), p.drop_price * cp.sum(m.dropped)]
-    for k, demand, e, z in m.edges():
-        edge = demand.edges[e]
-        way = m.problem.arrays.link_s(edge)[np.ix_(m.ends(k, edge.source), m.ends(k, edge.target))]
-        if way.any():
-            terms.append(p.latency_weight * m.rates[k] * cp.sum(cp.multiply(way, z)))
-    return sum(terms)
-
-
-def ties(m: Model) -> cp.Expression:
-    """Next to nothing per replica and node number, so that equal placements do not come out by chance."""
-    price = float(np.mean(m.problem.parameters.cpu_price * m.problem.arrays.needs[:, 0])) or 1.0
-    return TIE * price * cp.sum(m.x @ np.arange(m.hosts.shape[1]))
-
-
-# --- solving --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """A program before any cut."""
-
-    fixed: list[cp.Constraint]
-    rows: list[Row]
-    cost: cp.Expression
-    task: cp.Problem
-
-    @classmethod
-    def of(cls, m: Model, pairs: Sequence[tuple[int, int]]) -> Compiled:
-        """The program of a model whose parameters are set, with the pairs of nodes that are interchangeable."""
-        fixed, cost = [*conservation(m), *support(m), *service(m), *moves(m), *order(m, pairs), m.extra == 0], objective(m)
-        rows = [row for rule in RULES for row in rule(m)]
-        return cls(fixed, rows, cost, cp.Problem(cp.Minimize(cost + ties(m)), [*fixed, *(row.excess <= 0 for row in rows)]))
-
-    def with_cuts(self, m: Model, cuts: Sequence[Row]) -> cp.Problem:
-        """The same with more rules."""
-        rows = [*self.rows, *cuts]
-        return (
-            cp.Problem(cp.Minimize(self.cost + ties(m)), [*self.fixed, *(row.excess <= 0 for row in rows)])
-            if cuts
-            else self.task
-        )
 
 
 class Program:
@@ -469,28 +143,29 @@ class Program:
         if pairs not in self._compiled:
             self._compiled[pairs] = Compiled.of(self.model, pairs)
         known, limits = self._known(strains) if rates is None else [], limits or self.limits
-        relaxed = self._relaxed(problem, current, limits, known) if self.model.hosts.shape[1] > PRUNE_ABOVE else None
-        found, cuts = _search(problem, self.model, self._compiled[pairs], limits, strains, known, relaxed)
+        clock = Clock(limits.time_s)
+        relaxed = self._relaxed(problem, current, clock, known) if self.model.hosts.shape[1] > PRUNE_ABOVE else None
+        found, cuts = _search(problem, self.model, self._compiled[pairs], limits, clock, strains, known, relaxed)
         self._cuts = self._cuts if rates is not None else list(dict.fromkeys([*self._cuts, *cuts]))
         if isinstance(found, Solution):
             beaten = found.status == "incumbent" and not alone
-            return at_the_limit(problem, found, found.solve_s, current) if beaten else found
+            return at_the_limit(problem, found, clock.spent_s, current) if beaten else found
         if alone:
             raise Infeasible(f"no placement was found that carries what is asked of losses: {', '.join(strains) or 'any'}")
         if found == "infeasible" and (self.model.hosts != problem.arrays.allowed).any():
             return Program(problem, self.limits, prune=False).solve(current)
         if found == "infeasible":
             raise Infeasible(told(relax(problem, self.limits)))
-        return at_the_limit(problem, None, self.limits.time_s, current)
+        return at_the_limit(problem, None, clock.spent_s, current)
 
-    def _relaxed(self, problem: Problem, current: Placement | None, limits: Limits, known: Sequence[Cut]) -> Relaxed | None:
+    def _relaxed(self, problem: Problem, current: Placement | None, clock: Clock, known: Sequence[Cut]) -> Relaxed | None:
         """The linear relaxation; None where it was not solved in time."""
         linear = Model(self.problem, self.model.hosts, relaxed=True)
         linear.set(problem, current)
         task = Compiled.of(linear, ()).with_cuts(linear, survival_cuts(linear, known))
-        if _run(task, limits.time_s, limits.gap) != "found":
+        if _run(task, clock, 0.0) != "found":
             return None
-        return Relaxed(float(task.value), _support(self.problem, linear, current), float(task.solver_stats.solve_time))
+        return Relaxed(float(task.value), _support(self.problem, linear, current))
 
     def _known(self, strains: Mapping[str, Strain]) -> list[Cut]:
         """Cuts found earlier that hold now too: those of losses that were asked for no more than they are asked for now."""
@@ -522,7 +197,6 @@ class Relaxed:
     """No placement among the candidates costs less."""
     support: Bools
     """Where it has anything, and a few places more."""
-    spent_s: float
 
     def enough(self, gap: float) -> float:
         """What costs no more than this is within the gap of every placement."""
@@ -534,61 +208,87 @@ def _search(
     m: Model,
     compiled: Compiled,
     limits: Limits,
+    clock: Clock,
     strains: Mapping[str, Strain],
     known: Sequence[Cut],
     relaxed: Relaxed | None,
 ) -> tuple[Solution | Literal["infeasible", "out of time"], list[Cut]]:
     """Solve, look at every loss, cut, and solve again; also returns the cuts, the known ones among them."""
-    spent, cuts = relaxed.spent_s if relaxed is not None else 0.0, list(known)
-    names = [node.name for node in problem.nodes]
+    names, cuts = [node.name for node in problem.nodes], list(known)
     for number in range(1, limits.rounds + 1):
-        if spent >= limits.time_s:
+        if not clock.left_s:
             break
         cut_rows = survival_cuts(m, cuts)
         task = compiled.with_cuts(m, cut_rows)
-        state, bound, took_s = _solved(m, task, replace(limits, time_s=limits.time_s - spent), relaxed)
+        state, bound = _solved(m, task, limits.gap, clock, relaxed)
         if state != "found":
             return "infeasible" if state == "infeasible" else "out of time", cuts
-        spent += took_s
         x: Floats = np.round(m.x.value)
         fresh, left = _losses(problem, x, m.hosts, strains)
         if not fresh:
             cost = float(compiled.cost.value)
             within = task.status == cp.OPTIMAL or bound >= (1.0 - limits.gap) * cost
+            status: Status = "optimal" if within else "incumbent"
             solution = Solution(
-                problem.arrays.placement(x), "optimal" if within else "incumbent", cost, bound if np.isfinite(bound) else None,
-                spent, number, tuple(names[cut.lost] for cut in cuts), left, _binding([*compiled.rows, *cut_rows]),
+                problem.arrays.placement(x), status, cost, bound if np.isfinite(bound) else None,
+                clock.spent_s, number, tuple(names[cut.lost] for cut in cuts), left,
+                _binding([*compiled.rows, *cut_rows]),
             )  # fmt: skip
             return solution, cuts
         cuts += fresh
     return "out of time", cuts
 
 
-def _solved(m: Model, task: cp.Problem, limits: Limits, relaxed: Relaxed | None) -> tuple[State, float, float]:
-    """Solve one program, a large one in two steps: first where the relaxation has anything, then everywhere, from there on.
+def _solved(m: Model, task: cp.Problem, gap: float, clock: Clock, relaxed: Relaxed | None) -> tuple[State, float]:
+    """Solve one program. A large one in three steps: where the relaxation has anything, then part by part, then everywhere.
 
     Returns:
-        How it ended, a bound of the cost, and the solver's time [s].
+        How it ended, and a bound of the cost.
     """
-    enough = relaxed.enough(limits.gap) if relaxed is not None else -math.inf
-    bound, spent = relaxed.bound if relaxed is not None else -math.inf, 0.0
-    if relaxed is not None:
-        m.open.value = relaxed.support.astype(float)
-        state = _run(task, NARROW_SHARE * limits.time_s, limits.gap / 2.0, enough)
-        spent = float(task.solver_stats.solve_time)
-        m.open.value = m.hosts.astype(float)
-        if state == "found" and float(task.value) <= enough:
-            return state, bound, spent
-    state = _run(task, max(0.0, limits.time_s - spent), limits.gap, enough)
-    spent += float(task.solver_stats.solve_time)
-    return state, max(bound, float(task.solver_stats.extra_stats.mip_dual_bound)), spent
+    if relaxed is None:
+        state = _run(task, clock, gap)
+        return state, float(task.solver_stats.extra_stats.mip_dual_bound)
+    enough = relaxed.enough(gap)
+    m.within(relaxed.support)
+    state = _run(task, clock, gap / 2.0, enough, nodes=1)
+    if state == "found" and _improved(m, task, gap, clock, enough, relaxed.support) <= enough:
+        return state, relaxed.bound
+    m.within(m.hosts)
+    state = _run(task, clock, gap, enough)
+    return state, max(relaxed.bound, float(task.solver_stats.extra_stats.mip_dual_bound))
+
+
+def _improved(m: Model, task: cp.Problem, gap: float, clock: Clock, enough: float, places: Bools) -> float:
+    """Make the answer better part by part (large neighbourhood search, Shaw 1998), until it is good enough or no part helps.
+
+    A part are the services of a few pipelines, which may go to any of the places; all others stay. A step ends at the root
+    of its search tree. Leaves the best in the variables.
+
+    Returns:
+        Its cost.
+    """
+    best, x, rng, vain = float(task.value), np.round(m.x.value), np.random.default_rng(0), 0
+    while best > enough and vain < PARTS and clock.left_s:
+        fixed = x.copy()
+        for k in rng.permutation(len(m.commodities)):
+            if np.isnan(fixed).any(axis=1).sum() < PART:
+                fixed[[m.problem.arrays.service[v.service] for v in m.commodities[k].visits]] = math.nan
+        m.within(places, fixed)
+        state = _run(task, clock, gap / 10.0, enough, nodes=1)
+        better = state == "found" and float(task.value) < best * (1.0 - TIE)
+        vain = 0 if better else vain + 1
+        if better:
+            best, x = float(task.value), np.round(m.x.value)
+    m.within(m.hosts, x)
+    _run(task, Clock(math.inf), gap)  # nothing to choose, so it takes next to no time
+    return best
 
 
 def _losses(problem: Problem, x: Floats, hosts: Bools, strains: Mapping[str, Strain]) -> tuple[list[Cut], dict[str, float]]:
     """Cuts for the losses that leave less than is asked, and what every loss leaves."""
-    cuts, left = [], {}
+    cuts, left = [], flows.survivors(problem, x)
     for n, node in enumerate(problem.nodes):
-        share = left[node.name] = flows.carried(problem, x, n).share
+        share = left[node.name]
         strain = strains.get(node.name, Strain(problem.parameters.gamma))
         asked = strain.on(problem)
         if node.name in strains:
@@ -599,11 +299,11 @@ def _losses(problem: Problem, x: Floats, hosts: Bools, strains: Mapping[str, Str
     return cuts, left
 
 
-def _run(task: cp.Problem, time_s: float, gap: float, enough: float = -math.inf) -> State:
+def _run(task: cp.Problem, clock: Clock, gap: float, enough: float = -math.inf, nodes: int | None = None) -> State:
     """Solve a task, from its last answer where there is one that still holds; what costs no more than `enough` is taken."""
     options = {
-        "output_flag": False, "threads": 1, "random_seed": 0,
-        "time_limit": time_s, "mip_rel_gap": gap, "objective_target": enough,
+        "output_flag": False, "threads": 1, "random_seed": 0, "time_limit": clock.left_s, "mip_rel_gap": gap,
+        "objective_target": enough, **({"mip_max_nodes": nodes} if nodes is not None else {}),
     }  # fmt: skip
     try:
         with warnings.catch_warnings():
@@ -612,6 +312,7 @@ def _run(task: cp.Problem, time_s: float, gap: float, enough: float = -math.inf)
             task.solve(solver=cp.HIGHS, **options)
     except cp.SolverError as error:
         raise SolverFailed(f"the solver failed: {error}") from None
+    clock.spent_s += float(task.solver_stats.solve_time)
     if task.status in (cp.INFEASIBLE, "infeasible_or_unbounded"):
         return "infeasible"
     if task.status not in (cp.OPTIMAL, cp.USER_LIMIT):
@@ -628,7 +329,7 @@ def relax(problem: Problem, limits: Limits) -> tuple[Relaxation, ...]:
     m = Model(problem, problem.arrays.allowed)
     m.set(problem, None)
     pairs = interchangeable(problem, m.hosts, m.current.value, {})
-    fixed = [*conservation(m), *support(m), *service(m), *moves(m), *order(m, pairs)]
+    fixed = unbroken(m, pairs)
     rows = [row for rule in RULES for row in rule(m)]
     cuts: list[Cut] = []
     for _ in range(limits.rounds):
@@ -637,7 +338,7 @@ def relax(problem: Problem, limits: Limits) -> tuple[Relaxation, ...]:
         soft = [rule for row, s in zip(all_rows, slack, strict=True) for rule in _softened(m, row, s)]
         total = sum(cp.sum(s) for s in slack)
         task = cp.Problem(cp.Minimize(total + 1e-4 * objective(m) / _typical(m)), [*fixed, *soft])
-        if _run(task, limits.time_s, 1e-6) != "found":
+        if _run(task, Clock(limits.time_s), 1e-6) != "found":
             return ()
         given = [
             Relaxation(row.rule, subject, float(amount * unit), row.unit)
@@ -690,6 +391,8 @@ def at_the_limit(problem: Problem, found: Solution | None, spent_s: float, curre
         except Infeasible as error:
             refused = error
             continue
+        if found is not None and flows.cost_of(problem, problem.arrays.counts(placement), current) >= found.cost:
+            continue  # losses are not looked at in vain: they take longest
         solution = judged(problem, placement, name, current)
         if found is not None:
             solution = replace(solution, bound=found.bound, rounds=found.rounds)

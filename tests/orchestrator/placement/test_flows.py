@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.placement import flows
+from tests.bench.placement import drawn
 from tests.orchestrator.placement import instances
 from tests.orchestrator.placement.instances import line, small
 
@@ -34,6 +35,14 @@ def test_what_is_left_is_what_the_replicas_left_can_do() -> None:
     assert flows.carried(loaded, x, 0).share == pytest.approx(0.5)
     assert flows.carried(loaded, x, 1).share == pytest.approx(1.0)
     assert flows.survivors(loaded, x) == pytest.approx({"a": 0.5, "b": 1.0, "c": 0.5})
+
+
+def test_what_any_loss_leaves_is_what_that_loss_leaves() -> None:
+    problem = drawn(0, 6, 2, 2, load=0.2)
+    x = np.zeros((2, 6))
+    x[:, [1, 3]] = 1.0
+    each = {node.name: flows.carried(problem, x, n).share for n, node in enumerate(problem.nodes)}
+    assert flows.survivors(problem, x) == pytest.approx(each)
 
 
 @pytest.mark.parametrize("seed", range(12))

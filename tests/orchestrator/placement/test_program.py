@@ -3,14 +3,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from orchestrator.core import Node, Placement
 from orchestrator.errors import Infeasible
-from orchestrator.placement import flows
+from orchestrator.placement import flows, program
 from orchestrator.placement.flows import cost_of
+from orchestrator.placement.formulation import Compiled, Model
 from orchestrator.placement.problem import Demand, Edge, Hosted, Parameters, Problem, Visit
-from orchestrator.placement.program import Limits, Program
+from orchestrator.placement.program import Clock, Limits, Program
+from tests.bench.placement import drawn
 from tests.orchestrator.placement import instances
 from tests.orchestrator.placement.instances import both_ways, line, small
 
@@ -139,6 +142,34 @@ def test_candidates_that_are_too_few_give_way_to_all_nodes() -> None:
         demands=(replace(problem.demands[0], entry={"n00": 1.0}),), latencies_s={}, bandwidths={},
     )  # fmt: skip
     assert Program(problem, EXACT).solve().placement == Placement({"s0": {"far": 1}})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_testbed_is_placed_within_the_gap_of_what_the_whole_program_finds(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, limits = drawn(seed, 14, 5, 3, load=0.25), Limits(gap=0.02)
+    by_parts = Program(problem, limits, prune=False).solve()
+    monkeypatch.setattr(program, "PRUNE_ABOVE", 14)
+    at_once = Program(problem, limits).solve()
+    assert by_parts.status == at_once.status == "optimal"
+    for found, other in ((by_parts, at_once), (at_once, by_parts)):
+        assert found.bound is not None
+        assert found.bound <= other.cost + 1e-6
+        assert found.cost == pytest.approx(cost_of(problem, problem.arrays.counts(found.placement)), rel=1e-4)
+    assert by_parts.cost * (1.0 - limits.gap) <= at_once.cost + 1e-6
+
+
+def test_parts_only_make_a_placement_cheaper() -> None:
+    problem = drawn(1, 14, 8, 4, load=0.3)
+    model = Model(problem, problem.arrays.allowed)
+    model.set(problem, None)
+    task = Compiled.of(model, ()).task
+    assert program._run(task, Clock(60.0), 0.2) == "found"
+    first = float(task.value)
+    best = program._improved(model, task, 0.01, Clock(60.0), first - 1e-3, problem.arrays.allowed)
+    assert best <= first - 1e-3
+    assert cost_of(problem, np.round(model.x.value)) == pytest.approx(best, rel=1e-4)
 
 
 def test_a_service_without_load_has_the_replicas_that_are_asked_for() -> None:
