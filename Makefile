@@ -41,8 +41,8 @@ down: $(READY) ## drain and stop what `make up` started
 test: $(READY) ## every test, those in containers too where an engine answers or can be brought up
 	tests/with-engine.sh $(BIN)/pytest
 
-test-boxes: $(READY) ## what happens to boxes of a Swarm that are cut off or killed, on three engines (about 5 minutes)
-	ESPALIER_TEST_BOXES=1 tests/with-engine.sh $(BIN)/pytest tests/system/test_boxes.py
+test-boxes: $(READY) ## boxes of a Swarm: updated, emptied, cut off, killed, added; managers and orchestrators lost (about 8 minutes)
+	ESPALIER_TEST_BOXES=1 tests/with-engine.sh $(BIN)/pytest tests/system/test_boxes.py tests/system/test_managers.py
 
 check: $(READY) ## style, types and import rules
 	$(BIN)/ruff check

@@ -100,6 +100,8 @@ class Orchestrator:
         self._presence = Presence()
         self._placed_without: frozenset[str] = frozenset()
         """Nodes that the core services are placed without."""
+        self._avoided: dict[presence.Place, float] = {}
+        """Places where replicas fail to start, and until when nothing is planned there."""
         self._relocating: asyncio.Task[None] | None = None
         self._probing = asyncio.Lock()
         self._rollout: Rollout | None = None
@@ -187,18 +189,31 @@ class Orchestrator:
         if any(task is not None and not task.done() for task in (self._rolling, self._relocating)):
             return
         absent, without = self._presence.absent | self._emptied, self._presence.away | self._emptied
-        if (absent, without) != (self._plan.absent, self._placed_without):
-            self._relocating = asyncio.create_task(self._relocate(absent, without))
+        avoided = self._avoid()
+        if (absent, without, avoided) != (self._plan.absent, self._placed_without, self._plan.avoided):
+            self._relocating = asyncio.create_task(self._relocate(absent, without, avoided))
+
+    def _avoid(self) -> frozenset[presence.Place]:
+        """Places where replicas fail to start, none runs, and others could be taken instead."""
+        running = {(r.service, r.node) for r in self._runtime.replicas() if r.state != "starting"}
+        failures = {place: b.failures for place, b in self._runtime.backoffs().items() if place not in running}
+        self._avoided = presence.avoided(self._avoided, time.monotonic(), failures)
+        return self._plan.avoidable(self._avoided)
 
     @property
     def _emptied(self) -> frozenset[str]:
         """Nodes that are there, and are to be emptied."""
         return (self._runtime.nodes_leaving | self._orders.drained) & self._testbed.nodes.keys()
 
-    async def _relocate(self, absent: frozenset[str], without: frozenset[str]) -> None:
-        """Go over to a plan with nothing on `absent`, and core services placed as if `without` were not there."""
-        plan = self._plan
-        if without != self._placed_without:
+    async def _relocate(self, absent: frozenset[str], without: frozenset[str], avoided: frozenset[presence.Place]) -> None:
+        """Go over to a plan with nothing on `absent` nor at `avoided`, core services placed as if `without` were not there."""
+        plan = replace(self._plan, avoided=avoided)
+        if avoided != self._plan.avoided:
+            said = ", ".join(f"{service} on {node}" for service, node in sorted(avoided))
+            log.warning(
+                "starts that fail again and again: %s", f"nothing more of {said}" if avoided else "tried anew everywhere"
+            )
+        if without != self._placed_without or avoided != self._plan.avoided:
             plan = await self._settled_plan(replace(plan, placed={}, absent=without))
         plan = replace(plan, absent=absent)
         log.info("nodes: %s", f"nothing on {', '.join(sorted(absent))}" if absent else "all are there")
@@ -279,7 +294,11 @@ class Orchestrator:
             raise Conflict("an update is under way; wait until it has ended (espalier status)")
         if self._relocating is not None and not self._relocating.done():
             raise Conflict("a node has just come or gone; try again in a moment")
-        new = replace(plans.make(testbeds.parse(text, name), self._settings.models_dir), absent=self._plan.absent)
+        new = replace(
+            plans.make(testbeds.parse(text, name), self._settings.models_dir),
+            absent=self._plan.absent,
+            avoided=self._plan.avoided,
+        )
         rollout = Rollout(
             self._plan, new, settle=self._settled_plan, take=self._take, look=self._standing, revert=self._runtime.revert
         )

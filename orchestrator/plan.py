@@ -8,7 +8,7 @@ only then do services that are no longer wanted go. So going back is possible un
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Plan:
     """Where core replicas go (`survey.settled`); without an entry, as many as the file says go where there is room."""
     absent: frozenset[str] = frozenset()
     """Nodes that nothing is placed on: those that are not there, and those that are to be emptied."""
+    avoided: frozenset[tuple[str, str]] = frozenset()
+    """(service, node) where replicas fail to start."""
 
     @property
     def testbed(self) -> Testbed:
@@ -53,8 +55,24 @@ class Plan:
         return self.loaded.testbed
 
     def services(self) -> dict[str, core.Service]:
-        """What a replica of each service needs."""
-        return {service.name: service for service in self.testbed.core_services(self.wiring.tiers)}
+        """What a replica of each service needs, and where it may be."""
+        found = {service.name: service for service in self.testbed.core_services(self.wiring.tiers)}
+        for name in {service for service, _ in self.avoided} & found.keys():
+            nodes = tuple(node for node in self._allowed(name) if (name, node) not in self.avoided)
+            found[name] = replace(found[name], nodes=nodes)
+        return found
+
+    def avoidable(self, places: Collection[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+        """Of these (service, node), those of services that may also be somewhere else."""
+        return frozenset(
+            (service, node) for service, node in places
+            if service in self.testbed.services and any((service, other) not in places for other in self._allowed(service))
+        )  # fmt: skip
+
+    def _allowed(self, service: str) -> list[str]:
+        """Nodes that are there, of those that the file allows."""
+        nodes = self.testbed.services[service].nodes or self.testbed.nodes
+        return [node.name for node in self.present() if node.name in nodes]
 
     def targets(self) -> dict[str, core.Target]:
         """How many replicas of each service to begin with: the file's, and of core services those that are placed."""
@@ -182,6 +200,7 @@ def between(old: Plan, new: Plan) -> Plan:
         Wiring(old.wiring.pipelines, {**old.wiring.tiers, **new.wiring.tiers}, ()),
         {**old.placed, **new.placed},
         old.absent | new.absent,
+        old.avoided | new.avoided,
     )
 
 

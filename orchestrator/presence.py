@@ -10,6 +10,9 @@
 Nothing is placed on a node in any other state than `up`. Light services leave a missing node at once, since a start is all
 that costs; core services are placed anew when it is away, and again when it is up. A node that was away is taken back only
 after it has stayed up for a while, twice as long for each time that it went away again soon after.
+
+A node may be there and yet be no place for some service: its disk is too full for the image, or its driver too old. A service
+is planned elsewhere for a while once it has failed to start there several times in a row (`avoided`).
 """
 
 from __future__ import annotations
@@ -19,9 +22,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 State = Literal["up", "missing", "away", "returning"]
+Place = tuple[str, str]
+"""(service, node)."""
 
 MOST_DOUBLINGS = 5
 """A node that goes away again and again is waited for 32 times as long as the first time, at most."""
+AVOID_AFTER, AVOID_S = 4, 300.0
+"""Starts in a row that failed, after which a service is planned elsewhere; and for how long [s]."""
 FORGIVEN = 10
 """A node that has been up for so many times the wait it was last taken back after is as good as new."""
 
@@ -79,6 +86,18 @@ def step(presence: Presence, t: float, down: Collection[str], rules: Rules) -> P
     return Presence(
         {name: standing for name, standing in {**known, **new}.items() if standing.state != "up" or standing.losses}
     )
+
+
+def avoided(known: Mapping[Place, float], t: float, failures: Mapping[Place, int]) -> dict[Place, float]:
+    """Places that are not planned with, each with when that ends [s].
+
+    Args:
+        known: what was found before.
+        t: now [s].
+        failures: starts in a row that failed.
+    """
+    failing = {place: t + AVOID_S for place, number in failures.items() if number >= AVOID_AFTER}
+    return {**{place: until for place, until in known.items() if until > t}, **failing}
 
 
 def _next(standing: Standing, t: float, down: bool, rules: Rules) -> Standing:

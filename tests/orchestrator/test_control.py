@@ -14,8 +14,10 @@ from orchestrator import control
 from orchestrator import plan as plans
 from orchestrator.control import ANNOUNCED, Orchestrator, Settings
 from orchestrator.errors import Infeasible, UsageError
-from orchestrator.runtimes.driver import Absence
+from orchestrator.runtimes import backoff
+from orchestrator.runtimes.driver import Absence, Handle, Launch, StartFailed
 from orchestrator.runtimes.processes import Processes
+from orchestrator.runtimes.records import Record
 from orchestrator.state_dir import StateDir
 from tests.orchestrator.examples import TESTBED, export, load
 
@@ -95,6 +97,50 @@ async def test_a_lost_node_is_planned_without_and_taken_back_when_it_has_stayed(
     await boxes.until(lambda: boxes.state(lost) == "up")
     await boxes.until(lambda: all(s["settled"] for s in boxes.orchestrator.status()["services"].values()))
     assert boxes.nodes_of("encode") == moved, "what runs well is not moved back"
+
+
+async def test_where_starts_fail_again_and_again_something_else_is_tried(
+    boxes: Boxes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (full, other) = boxes.nodes_of("encode")
+    start = Processes.start
+
+    async def started(driver: Processes, record: Record, launch: Launch, output: Path) -> tuple[Record, Handle]:
+        if (record.service, record.node) == ("encode", full):
+            raise StartFailed("no space left on device")
+        return await start(driver, record, launch, output)
+
+    monkeypatch.setattr(Processes, "start", started)
+    monkeypatch.setattr(backoff, "FIRST_S", 0.02)
+    monkeypatch.setattr(backoff, "LONGEST_S", 0.1)
+    (replica,) = [r for r in boxes.orchestrator.status()["services"]["encode"]["replicas"] if r["node"] == full]
+    os.kill(replica["pid"], signal.SIGKILL)
+    await boxes.until(lambda: full not in boxes.nodes_of("encode") and len(boxes.nodes_of("encode")) == 2)
+    assert other in boxes.nodes_of("encode")
+    assert f"nothing more of encode on {full}" in caplog.text
+    assert boxes.state(full) == "up", "others may still be there"
+    boxes.orchestrator.scale("encode", 1, None)
+    await boxes.until(lambda: len(boxes.nodes_of("encode")) == 1)
+
+
+async def test_a_service_that_starts_nowhere_is_tried_everywhere(
+    boxes: Boxes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, broken = Processes.start, True
+
+    async def started(driver: Processes, record: Record, launch: Launch, output: Path) -> tuple[Record, Handle]:
+        if broken and record.service == "encode":
+            raise StartFailed("its model is broken")
+        return await start(driver, record, launch, output)
+
+    monkeypatch.setattr(Processes, "start", started)
+    monkeypatch.setattr(backoff, "FIRST_S", 0.02)
+    monkeypatch.setattr(backoff, "LONGEST_S", 0.1)
+    for replica in boxes.orchestrator.status()["services"]["encode"]["replicas"]:
+        os.kill(replica["pid"], signal.SIGKILL)
+    await boxes.until(lambda: "tried anew everywhere" in caplog.text)
+    broken = False
+    await boxes.until(lambda: len(boxes.nodes_of("encode")) == 2)
 
 
 async def test_a_drained_node_is_empty_and_nothing_was_missing_meanwhile(boxes: Boxes) -> None:

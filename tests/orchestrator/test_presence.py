@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.presence import MOST_DOUBLINGS, Presence, Rules, step
+from orchestrator.presence import AVOID_AFTER, AVOID_S, MOST_DOUBLINGS, Presence, Rules, avoided, step
 
 RULES = Rules(grace_s=10.0, settle_s=20.0)
 DOWN: frozenset[str] = frozenset({"box"})
@@ -84,3 +84,13 @@ def test_a_node_that_flaps_for_ever_is_planned_anew_ever_more_seldom(period: flo
     # Taken back k times, with no more than FORGIVEN waits between two losses: the waits alone bound how often.
     waits = list(itertools.accumulate(RULES.settle_s * 2 ** min(k, MOST_DOUBLINGS) for k in range(100)))
     assert changes <= 2 * sum(wait <= 2000.0 for wait in waits) + 2
+
+
+def test_a_place_is_avoided_for_a_while_after_several_failures_in_a_row() -> None:
+    place = ("encode", "box")
+    assert avoided({}, 0.0, {place: AVOID_AFTER - 1}) == {}
+    found = avoided({}, 0.0, {place: AVOID_AFTER})
+    assert found == {place: AVOID_S}
+    assert avoided(found, AVOID_S - 1.0, {}) == found, "what is not tried any more does not fail any more"
+    assert avoided(found, AVOID_S, {}) == {}
+    assert avoided(found, 10.0, {place: AVOID_AFTER + 1}) == {place: 10.0 + AVOID_S}

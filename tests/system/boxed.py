@@ -28,6 +28,9 @@ TAG = os.environ.get("ESPALIER_TAG", "0.1.0")
 UP_S, READY_S, DOWN_S = 300.0, 120.0, 300.0
 """Limits of bringing boxes and testbed up, and of removing what the boxes have written, on a busy disk [s]."""
 
+LOST_S = 60.0
+"""A Swarm gives a box up after 13 s; with the grace, and starts elsewhere [s]."""
+
 
 class Failed(AssertionError):
     """A command of the boxes did not succeed."""
@@ -35,17 +38,20 @@ class Failed(AssertionError):
 
 @dataclass
 class Boxes(Served):
-    """`deploy/local-boxes` with a stack on it. `url` is the gateway of box-1, which is the manager and is never lost here."""
+    """`deploy/local-boxes` with a stack on it. `asked` is a box that is a manager and is not lost; `url` is its gateway."""
 
     home: Path
     models: Path
+    managers: int = 1
+    orchestrators: int = 1
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
         # Few letters: a set's name is in the path of its engines' sockets.
         self.environment = {"ESPALIER_BOXES": f"t{os.getpid()}", "ESPALIER_BOXES_NET": "192.168.214"}
         self.addresses: dict[str, str] = {}
-        self.manager = ""
+        self.sockets: dict[str, str] = {}
+        self.asked, self.stack = "box-1", STACK
 
     def script(self, *arguments: str, limit_s: float = 60.0) -> str:
         """A command of `deploy/local-boxes`; its standard output."""
@@ -58,45 +64,60 @@ class Boxes(Served):
             raise Failed(f"local-boxes {' '.join(arguments)}: {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done.stdout
 
+    def container(self, box: str) -> str:
+        """The box itself, a container of this machine's engine."""
+        return f"espalier-{self.environment['ESPALIER_BOXES']}-{box}"
+
     def docker(self, *arguments: str) -> str:
-        """Docker, on the manager; its standard output."""
-        return self.script("docker", "box-1", *arguments).strip()
+        """Docker, on a manager; its standard output."""
+        return self.on(self.asked, *arguments)
+
+    def on(self, box: str, *arguments: str) -> str:
+        """Docker, on one box; its standard output."""
+        return self.script("docker", box, *arguments).strip()
 
     def up(self) -> None:
         """Three boxes, and the stack on them, until every pipeline is served."""
         try:
-            said = self.script("up", "3", "--models", str(self.models), limit_s=UP_S)
+            self.grow(3)
         except Failed as failed:
             give_up(f"no boxes can be had here: {failed}")
-        lines = [line.split() for line in said.splitlines()]
-        self.addresses = {name: address for name, _, address, *_ in lines}
-        self.manager = f"unix://{lines[0][-1]}"
-        self.url = f"http://{self.addresses['box-1']}:8080"
-        stack = self.home / "stack.yaml"
-        self._run(
-            sys.executable,
-            "-m",
-            "orchestrator",
-            "render",
-            "stack",
-            str(TESTBED),
-            "--name",
-            STACK,
-            "--models",
-            "/models",
-            "--tag",
-            TAG,
-            "--out",
-            str(stack),
-        )
-        deploy = ("docker", "stack", "deploy", "--detach=true", "--resolve-image", "never", "-c", str(stack), STACK)
-        self._run(*deploy, DOCKER_HOST=self.manager)
+        self.deploy(TESTBED, STACK)
+
+    def deploy(self, testbed: Path, stack: str) -> None:
+        """A testbed as a stack of that name, until every pipeline is served."""
+        self.stack, file = stack, self.home / f"{stack}.yaml"
+        options = ("--name", stack, "--models", "/models", "--tag", TAG, "--orchestrators", str(self.orchestrators))
+        self._run(sys.executable, "-m", "orchestrator", "render", "stack", str(testbed), *options, "--out", str(file))
+        deploy = ("docker", "stack", "deploy", "--detach=true", "--resolve-image", "never", "-c", str(file), stack)
+        self._run(*deploy, DOCKER_HOST=f"unix://{self.sockets[self.asked]}")
         until(self.is_ready, "the testbed is ready on the boxes", READY_S)
 
+    def remove(self) -> None:
+        """The stack goes, and its stages with it."""
+        self.docker("stack", "rm", self.stack)
+        until(
+            lambda: not self.stages() and not self.docker("network", "ls", "-q", "-f", f"name={self.stack}_"),
+            "it is gone",
+            LOST_S,
+        )
+
+    def grow(self, number: int) -> None:
+        """So many boxes, with those that there are."""
+        options = ("--managers", str(self.managers), "--models", str(self.models))
+        for line in self.script("up", str(number), *options, limit_s=UP_S).splitlines():
+            name, _, address, _, socket = line.split()
+            self.addresses[name], self.sockets[name] = address, socket
+        self.ask(self.asked)
+
+    def ask(self, box: str) -> None:
+        """From now on send commands and tasks to this box, a manager."""
+        self.asked, self.url = box, f"http://{self.addresses[box]}:8080"
+
     def is_ready(self) -> bool:
-        """Whether all is as wanted, and box-1's gateway serves."""
+        """Whether all is as wanted, and the gateway serves."""
         with contextlib.suppress(Failed):
-            return bool(self.status()["ready"]) and self.answers("box-1")
+            return bool(self.status()["ready"]) and self.answers(self.asked)
         return False
 
     def answers(self, box: str) -> bool:
@@ -109,10 +130,36 @@ class Boxes(Served):
             return False
 
     def espalier(self, command: str, *arguments: str) -> str:
-        """A command on the control plane, from the orchestrator's own container; its standard output."""
-        label = f"label=com.docker.swarm.service.name={STACK}_orchestrator"
-        (container, *_) = self.docker("ps", "--quiet", "--filter", label).split() or [""]
-        return self.docker("exec", container, "espalier", command, *arguments, "--url", "http://127.0.0.1:8090")
+        """A command on the control plane, from the container of the orchestrator that leads; its standard output."""
+        return self.on(*self.leading(), "espalier", command, *arguments, "--url", "http://127.0.0.1:8090")
+
+    def leading(self) -> tuple[str, str, str]:
+        """The box of the orchestrator that leads, and what runs a command in its container."""
+        for box, container in self.controls().items():
+            with contextlib.suppress(Failed):
+                self.on(box, "exec", container, "espalier", "status", "--url", "http://127.0.0.1:8090")
+                return box, "exec", container
+        raise Failed("no orchestrator leads")
+
+    def controls(self) -> dict[str, str]:
+        """Containers of orchestrators, whether they lead or wait, by box."""
+        found = {}
+        for box in self.addresses:
+            with contextlib.suppress(Failed):
+                label = f"label=com.docker.swarm.service.name={self.stack}_orchestrator"
+                for container in self.on(box, "ps", "--quiet", "--filter", label).split():
+                    found[box] = container
+        return found
+
+    def update(self, testbed: str) -> None:
+        """Give the testbed another file, as whoever runs it would: by a container beside the stack."""
+        Path(self.sockets[self.asked]).with_name("testbed.yaml").write_text(testbed)
+        image = ("--entrypoint", "espalier", f"espalier/orchestrator:{TAG}")
+        self.script(
+            "docker", self.asked, "run", "--rm", "--network", f"{self.stack}_default", "--volume", "/run/box:/given:ro", *image,
+            "up", "/given/testbed.yaml", "--url", "http://orchestrator:8090", "--models-dir", "/given", "--limit", "120",
+            limit_s=150.0,
+        )  # fmt: skip
 
     def status(self) -> dict[str, Any]:
         """What `espalier status` knows."""
@@ -130,13 +177,12 @@ class Boxes(Served):
         replicas = self.status()["services"][service]["replicas"]
         return Counter(replica["node"] for replica in replicas if replica["state"] == "ready")
 
-    def stages(self) -> Counter[str]:
-        """Containers of stages that run, by box, whatever anybody thinks should."""
-        found = Counter[str]()
+    def stages(self) -> dict[str, str]:
+        """Containers of stages that run, whatever anybody thinks should, and the box of each."""
+        found = {}
         for box in self.addresses:
             with contextlib.suppress(Failed):
-                said = self.script("docker", box, "ps", "--quiet", "--filter", "label=espalier.replica")
-                found[box] = len(said.split())
+                found.update(dict.fromkeys(self.on(box, "ps", "--quiet", "--filter", "label=espalier.replica").split(), box))
         return found
 
     def down(self) -> None:
@@ -159,9 +205,9 @@ class Boxes(Served):
 
 
 @contextmanager
-def boxed(home: Path, models: Path) -> Iterator[Boxes]:
+def boxed(home: Path, models: Path, managers: int = 1, orchestrators: int = 1) -> Iterator[Boxes]:
     """Boxes and testbed, up; afterwards everything of them is gone, whatever a test did."""
-    boxes = Boxes(home, models)
+    boxes = Boxes(home, models, managers, orchestrators)
     try:
         boxes.up()
         yield boxes

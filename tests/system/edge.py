@@ -205,6 +205,11 @@ class Ran:
         finished = sorted(record["finished_s"] for record in self.records if record["finished_s"] is not None)
         return float(finished[min(ended, len(finished) - 1)])
 
+    def on_time_share(self, begin_s: float, end_s: float) -> float:
+        """Of the tasks scheduled between two moments."""
+        outcomes = [record["outcome"] for record in self.scheduled_from(begin_s) if record["scheduled_s"] < end_s]
+        return outcomes.count("on_time") / len(outcomes)
+
     def scheduled_from(self, moment_s: float) -> list[dict[str, Any]]:
         """Tasks scheduled from that moment on."""
         return [record for record in self.records if record["scheduled_s"] >= moment_s]
