@@ -50,7 +50,7 @@ class Reach:
 
         Args:
             follow: watches through one stream of events, and calls `found` when it has seen all there is. Raises Unreachable
-                when the stream breaks.
+                when the stream breaks. Whatever else it raises is told as a problem, and it is tried again.
         """
         while True:
             try:
@@ -60,6 +60,10 @@ class Reach:
                 self._lost(str(error))
             except Refused as refused:
                 self._lost(f"{self.who} refuses to be watched: {refused}")
+            except Exception as error:
+                # An answer that nobody foresaw must not end the watch unnoticed.
+                log.exception("%s could not be watched", self.who)
+                self._lost(f"{self.who} has answered with something unforeseen: {error!r}")
             await asyncio.sleep(self._pause_s)
             self._pause_s = min(LONGEST_PAUSE_S, self._pause_s * 2)
 

@@ -220,7 +220,8 @@ def box(entry: Mapping[str, Any]) -> Box:
     spec, status = entry["Spec"], entry.get("Status") or {}
     return Box(
         id=entry["ID"],
-        hostname=entry["Description"]["Hostname"],
+        # One that is just joining has not described itself yet.
+        hostname=(entry.get("Description") or {}).get("Hostname", ""),
         label=(spec.get("Labels") or {}).get(NODE),
         state=status.get("State", "unknown"),
         availability=spec.get("Availability", "active"),
@@ -231,9 +232,10 @@ def by_node(boxes: Iterable[Box]) -> dict[str, Box]:
     """Boxes by the node of the testbed that they are.
 
     Where several claim one name, one that is there is taken before one that is not, then the one with the label: a box that was
-    replaced leaves its predecessor's entry behind.
+    replaced leaves its predecessor's entry behind. One without a name is none yet.
     """
     best: dict[str, Box] = {}
     for each in sorted(boxes, key=lambda b: (b.absence == "down", b.label is None, b.id)):
-        best.setdefault(each.node, each)
+        if each.node:
+            best.setdefault(each.node, each)
     return best

@@ -99,6 +99,11 @@ def test_a_box_is_the_node_of_its_label_or_of_its_host_name() -> None:
     assert named["box-2"].constraint == "node.labels.espalier.node==box-2"
 
 
+def test_a_box_that_is_just_joining_is_no_node_yet() -> None:
+    joining = {key: value for key, value in entry("unknown", "box-4").items() if key != "Description"}
+    assert tasks.by_node(map(tasks.box, [joining, {**joining, "Description": {}}])) == {}
+
+
 def test_of_two_that_claim_one_name_the_one_that_is_there_is_taken() -> None:
     """A box that was put up anew leaves its predecessor's entry behind."""
     (box,) = tasks.by_node(map(tasks.box, [entry("down", "box-1"), entry("ready", "box-1")])).values()
