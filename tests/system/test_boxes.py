@@ -129,11 +129,13 @@ def test_a_new_box_is_used(boxes: Boxes) -> None:
 
 
 def test_a_box_that_has_no_room_for_the_image_is_not_asked_again(boxes: Boxes) -> None:
+    boxes.espalier("drain", "box-4", "--wait")
+    boxes.on("box-4", "container", "prune", "--force")
     boxes.on("box-4", "image", "rm", "--force", f"espalier/stage:{TAG}")
-    boxes.on("box-4", "kill", *(container for container, box in boxes.stages().items() if box == "box-4"))
-    until(
-        lambda: sum(boxes.nodes("encode").values()) == 4 and "box-4" not in boxes.nodes("encode"), "all are elsewhere", LOST_S
-    )
+    boxes.espalier("undrain", "box-4")
+    until(lambda: boxes.status()["nodes"]["box-4"]["state"] == "up", "it may be used again", 10)
+    boxes.espalier("scale", "encode", "5", "--wait")
+    assert "box-4" not in boxes.nodes("encode")
     assert boxes.status()["nodes"]["box-4"]["state"] == "up", "its gateway serves"
     assert boxes.answers("box-4")
 
