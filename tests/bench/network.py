@@ -1,11 +1,11 @@
-"""What knowing the network is worth: three boxes, one of them behind a slow link, the same load three times.
+"""What knowing the network is worth: four boxes, one of them behind slow links, the same load three times.
 
     python -m tests.bench.network
 
 Blind, the testbed file has no links, so one place is as good as another. Then the links that `espalier probe` measured are
 written into it: once with the stages held where they were, so that only routing knows, and once free. Writes
-out/bench/network.json: bytes over the slow link beyond what passes without load, latency and on-time ratio of each. Needs an
-engine with the images, and five minutes.
+out/bench/network.json: bytes over the slow links beyond what passes without load, latency and on-time ratio of each. Needs an
+engine with the images, and six minutes.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from rich.console import Console
 from orchestrator import probe, testbed
 from tests.system.boxed import Boxes
 
-RATE, MEASURED_S, IDLE_S, DEADLINE_S = 8.0, 40.0, 15.0, 1.0
-NEAR, FAR, BANDWIDTH = "box-1", "box-2", "4Mb/s"
-"""Tasks come in at the first; the second is behind the slow link, and has room for everything."""
+RATE, MEASURED_S, IDLE_S, DEADLINE_S = 12.0, 40.0, 15.0, 1.0
+FAR, OTHERS, BANDWIDTH = "box-2", ("box-1", "box-3", "box-4"), "1Mb/s"
+"""The largest is behind slow links. Tasks come in at box-1, which has no room for an encoder."""
 TESTBED = """\
 name: network
 nodes:
-  box-1: {cpus: 2, memory: 4GiB}
+  box-1: {cpus: 0.5, memory: 4GiB}
   box-2: {cpus: 8, memory: 4GiB}
   box-3: {cpus: 2, memory: 4GiB}
+  box-4: {cpus: 2, memory: 4GiB}
 models:
   minilm: {source: minilm, precisions: [float32]}
 services:
-  tokenise: {model: minilm, stage: tokenise, cpus: 0.1, memory: 128MiB, replicas: 2%(held)s}
-  encode: {model: minilm, stage: encode, cpus: 1, memory: 512MiB, replicas: 2, floor: 2%(held)s}
-  pool: {model: minilm, stage: pool, cpus: 0.1, memory: 128MiB, replicas: 2%(held)s}
+  tokenise: {model: minilm, stage: tokenise, cpus: 0.1, memory: 128MiB, nodes: [box-1]}
+  encode: {model: minilm, stage: encode, cpus: 1, memory: 512MiB, replicas: 2, floor: 2%(encode)s}
+  pool: {model: minilm, stage: pool, cpus: 0.1, memory: 128MiB, replicas: 2%(pool)s}
 pipelines:
   embed:
     deadline: 1s
@@ -51,8 +52,9 @@ pipelines:
 gateway: {node: box-1, port: 8080}
 control: {policy: manual}
 workload:
-  embed: "poisson:8"
+  embed: "poisson:12"
 """
+SERVICES = ("encode", "pool")
 REPORT = Path(__file__).parents[2] / "out" / "bench" / "network.json"
 
 
@@ -61,15 +63,16 @@ def main(models: Path) -> int:
     console, found = Console(stderr=True), {}
     with tempfile.TemporaryDirectory() as home:
         boxes, blind = Boxes(Path(home), models), Path(home) / "blind.yaml"
-        blind.write_text(TESTBED % {"held": ""})
+        blind.write_text(TESTBED % dict.fromkeys(SERVICES, ""))
         try:
-            boxes.grow(3)
-            boxes.script("shape", NEAR, FAR, "--bandwidth", BANDWIDTH)
+            boxes.grow(4)
+            for box in OTHERS:
+                boxes.script("shape", FAR, box, "--bandwidth", BANDWIDTH)
             found["blind"] = _measured(boxes, blind, "blind", links=True)
             measured = probe.links(found["blind"].pop("links"))
-            held = ", nodes: [" + ", ".join(found["blind"]["nodes"]["encode"]) + "]"
-            for name, where in (("routing", held), ("both", "")):
-                blind.write_text(TESTBED % {"held": where})
+            held = {service: f", nodes: [{', '.join(nodes)}]" for service, nodes in found["blind"]["nodes"].items()}
+            for name, where in (("routing", held), ("both", dict.fromkeys(SERVICES, ""))):
+                blind.write_text(TESTBED % where)
                 knowing, plain = Path(home) / f"{name}.yaml", testbed.load(blind)
                 knowing.write_text(probe.with_links(plain.text, plain.testbed, measured))
                 found[name] = _measured(boxes, knowing, name)
@@ -99,7 +102,7 @@ def _measured(boxes: Boxes, file: Path, stack: str, *, links: bool = False) -> d
     found: dict[str, Any] = {
         "slow_bytes": max(0.0, slow), "slow_bytes_per_task": max(0.0, slow) / load.tasks, "idle_bytes_per_s": idle,
         "p50_s": embed["latency_s"]["p50"], "p95_s": embed["latency_s"]["p95"], "on_time": embed["on_time_ratio"],
-        "nodes": {service: sorted(boxes.nodes(service)) for service in ("tokenise", "encode", "pool")},
+        "nodes": {service: sorted(boxes.nodes(service)) for service in SERVICES},
     }  # fmt: skip
     if links:
         found["links"] = json.loads(boxes.espalier("probe", "/etc/espalier/testbed.yaml", "-o", "json"))["links"]
@@ -108,9 +111,9 @@ def _measured(boxes: Boxes, file: Path, stack: str, *, links: bool = False) -> d
 
 
 def _slow_bytes(boxes: Boxes) -> float:
-    """What has passed the slow link so far, both ways, by the counters of its shapers [bytes]."""
+    """What has passed the slow links so far, both ways, by the counters of their shapers [bytes]."""
     total = 0
-    for box, peer in ((NEAR, FAR), (FAR, NEAR)):
+    for box, peer in [pair for other in OTHERS for pair in ((other, FAR), (FAR, other))]:
         shown = subprocess.run(
             ["docker", "exec", boxes.container(box), "tc", "-s", "class", "show", "dev", "eth0"],
             capture_output=True, text=True, check=True,

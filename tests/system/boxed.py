@@ -86,7 +86,7 @@ class Boxes(Served):
 
     def deploy(self, testbed: Path, stack: str) -> None:
         """A testbed as a stack of that name, until every pipeline is served."""
-        self.stack, file = stack, self.home / f"{stack}.yaml"
+        self.stack, file = stack, self.home / f"{stack}.stack.yaml"
         options = ("--name", stack, "--models", "/models", "--tag", TAG, "--orchestrators", str(self.orchestrators))
         self._run(sys.executable, "-m", "orchestrator", "render", "stack", str(testbed), *options, "--out", str(file))
         deploy = ("docker", "stack", "deploy", "--detach=true", "--resolve-image", "never", "-c", str(file), stack)
