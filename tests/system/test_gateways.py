@@ -63,6 +63,9 @@ def test_tasks_come_in_at_every_gateway_and_their_outcomes_are_summed(edge: Edge
     edge.want(tokenise=2, encode=2, pool=2)
     with further(edge, tmp_path, "gateway-2", "edge-2") as second:
         until(lambda: states(edge) == {"gateway-1": "ready", "gateway-2": "ready"}, "both are ready")
+        # What is counted at a gateway is told from one look to the next, and the first look at this one is still to come.
+        looks = edge.status()["slots"]["done"]
+        until(lambda: edge.status()["slots"]["done"] > looks + 1, "both have been looked at")
         before = seen_by_the_orchestrator(edge)
         with edge.load(tmp_path, 10, 3) as here, second.load(tmp_path, 20, 3) as there:
             # A drain waits for both gateways, so neither sends to the replica any more when it is stopped.
