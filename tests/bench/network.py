@@ -72,8 +72,7 @@ def main(models: Path) -> int:
             measured = probe.links(found["blind"].pop("links"))
             held = {service: f", nodes: [{', '.join(nodes)}]" for service, nodes in found["blind"]["nodes"].items()}
             for name, where in (("routing", held), ("both", dict.fromkeys(SERVICES, ""))):
-                blind.write_text(TESTBED % where)
-                knowing, plain = Path(home) / f"{name}.yaml", testbed.load(blind)
+                knowing, plain = Path(home) / f"{name}.yaml", testbed.parse(TESTBED % where, name)
                 knowing.write_text(probe.with_links(plain.text, plain.testbed, measured))
                 found[name] = _measured(boxes, knowing, name)
         finally:

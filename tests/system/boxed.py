@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.engine import give_up
 from tests.system.edge import Served, until
@@ -30,6 +31,11 @@ UP_S, READY_S, DOWN_S = 300.0, 120.0, 300.0
 
 LOST_S = 60.0
 """A Swarm gives a box up after 13 s; with the grace, and starts elsewhere [s]."""
+ON_REQUEST = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(os.environ.get("ESPALIER_TEST_BOXES") != "1", reason="make test-boxes"),
+]
+"""Marks of tests on boxes."""
 
 
 class Failed(AssertionError):

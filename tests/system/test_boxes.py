@@ -7,7 +7,6 @@ Bringing three engines up and loading the images into each takes minutes of a di
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,15 +14,12 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.system.boxed import LOST_S, TAG, TESTBED, Boxes, boxed
+from tests.system.boxed import LOST_S, ON_REQUEST, TAG, TESTBED, Boxes, boxed
 from tests.system.edge import until
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "fixtures" / "minilm_reference.json").read_text())
 UPDATED = TESTBED.read_text().replace("cpus: 1, memory: 512MiB", "cpus: 1, memory: 640MiB")
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(os.environ.get("ESPALIER_TEST_BOXES") != "1", reason="make test-boxes"),
-]
+pytestmark = ON_REQUEST
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.boxed import LOST_S, Boxes, Failed, boxed
+from tests.system.boxed import LOST_S, ON_REQUEST, Boxes, Failed, boxed
 from tests.system.edge import until
 
 TAKEOVER_S = 15.0
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(os.environ.get("ESPALIER_TEST_BOXES") != "1", reason="make test-boxes"),
-]
+pytestmark = ON_REQUEST
 
 
 @pytest.fixture(scope="module")
